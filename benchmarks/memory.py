@@ -76,7 +76,7 @@ def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str,
         found = {
             "base": bytes_of(tree.buffers()),
             "trained": bytes_of(state.trainables.values()),
-            "optimiser": bytes_of(optimizer),
+            "optimizer": bytes_of(optimizer),
             "average": bytes_of(state.ema.values()),
         }
         state.optimizer = {}
@@ -107,7 +107,7 @@ def _drop(parameter) -> None:
     parameter.grad = None
 
 
-PARTS = ("base", "trained", "optimiser", "average")
+PARTS = ("base", "trained", "optimizer", "average")
 
 
 def table(found: dict[str, tuple[dict[str, int], dict[str, int]]]) -> str:
@@ -120,7 +120,7 @@ def table(found: dict[str, tuple[dict[str, int], dict[str, int]]]) -> str:
         f"activations and the largest layer's gradient ({firsts[0]['largest'] / MEGABYTE:.0f}): "
         f"{passing[0] / MEGABYTE:.0f}, all given back {passing[1] / MEGABYTE:.0f}",
         "",
-        f"{'':18} {'base':>5} {'trained':>8} {'optimiser':>10} {'average':>8} {'limit':>6} {'peak':>6} {'ratio':>6}"
+        f"{'':18} {'base':>5} {'trained':>8} {'optimizer':>10} {'average':>8} {'limit':>6} {'peak':>6} {'ratio':>6}"
         f"  {'given back: limit':>17} {'peak':>6} {'ratio':>6}  bar {BAR:g}",
     ]
     for name, measured in rows.items():

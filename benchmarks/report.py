@@ -96,7 +96,7 @@ def growth(found: dict[Case, dict], host: str) -> str:
 def memory(found: dict[str, dict], host: str) -> str:
     """Return the table of peaks, with ours over their allowed memory."""
     bare = found["limit"]["peak"]
-    lines = [f"| peak memory, ComfyUI {host}, batch 1 | MB | over bare + adapters + optimiser |", "|---|---|---|"]
+    lines = [f"| peak memory, ComfyUI {host}, batch 1 | MB | over bare + adapters + optimizer |", "|---|---|---|"]
     for name, row in found.items():
         allowed = bare + row["adapters"]
         share = f"{row['peak'] / allowed:.3f}" if row["adapters"] else "-"

@@ -237,7 +237,7 @@ def _clip(width: int, heads: int):
     config = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": heads}
     options = {"dtype": torch.float32, "clip_l_model_config": {**config, "num_hidden_layers": 12}}
     made = comfy.sd.CLIP(models.SIZES["SD1"].build().clip_target({}), model_options=options)
-    models.randomise(made.cond_stage_model, 0)
+    models.randomize(made.cond_stage_model, 0)
     return made
 
 

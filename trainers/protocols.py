@@ -32,7 +32,7 @@ class Conditioning:
         target_size: (width, height) of the crop that is trained on, pixels.
         sources: unscaled latents [1, C, ...] of the source images for an edit model.
         inpaint_mask: [1, 1, H, W] in pixels, 1 where an inpainting model fills the picture; None for none.
-        masked_image_latent: with an inpaint mask, the unscaled latent [1, C, ...] of the picture with a grey hole.
+        masked_image_latent: with an inpaint mask, the unscaled latent [1, C, ...] of the picture with a gray hole.
     """
 
     tensors: dict[str, torch.Tensor]

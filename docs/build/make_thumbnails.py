@@ -60,7 +60,7 @@ def draw_thumbnail(server, workflow, entry, titles, path):
 
 
 def draw_pairs(path):
-    """Draw two pictures in grey on the left and in color on the right, since no small base edits pictures."""
+    """Draw two pictures in gray on the left and in color on the right, since no small base edits pictures."""
     side = SIDE // 2
     sheet = Image.new("RGB", (SIDE, SIDE))
     for row, source in enumerate(sorted((demo.CONCEPTS / "toy").glob("*.png"))[:2]):

@@ -18,7 +18,7 @@ from tests.support.server import ComfyServer
 
 FOLDER = ROOT / "example_workflows"
 
-BLUE, ORANGE, GREY, GREEN = "#3f789e", "#b06634", "#888888", "#88aa88"
+BLUE, ORANGE, GRAY, GREEN = "#3f789e", "#b06634", "#888888", "#88aa88"
 
 PROMPT = "a photo of ohwx dog on the beach"
 
@@ -519,8 +519,8 @@ def draw_training(sketch, base, pictures, trainer, saved, options=None):
     trained = node(kind, "Train", (TRAIN, ROW), (420, 680), links, **values)
     for name, height in zip(given, LANE, strict=True):
         sketch.route(trained, name, [(LOOK - 30, height), (TRAIN - 40, height)])
-    sketch.group("Look at the pictures first", [inspect], GREY)
-    sketch.group("Previews while it trains", [previews], GREY)
+    sketch.group("Look at the pictures first", [inspect], GRAY)
+    sketch.group("Previews while it trains", [previews], GRAY)
     sketch.group("Train", [trained, *saved(trained, (TRAIN, ROW + 740))], ORANGE)
     return trained
 
@@ -559,7 +559,7 @@ def draw_train_a_lora(sketch):
 
     sketch.group("Set 1 and 2: checkpoint and photos", [base[0], photos], BLUE)
     sketch.group("Set 3: what to draw", wishes, BLUE)
-    sketch.group("Before: the checkpoint as it is", before, GREY)
+    sketch.group("Before: the checkpoint as it is", before, GRAY)
     sketch.group("After: with the LoRA", after, GREEN)
 
 
@@ -609,9 +609,9 @@ def draw_dreambooth(sketch):
 
     sketch.group("Set 1 and 2: checkpoint and photos", [checkpoint, photos], BLUE)
     sketch.group("Set 3: subject and class", [subject, kind, negative, size], BLUE)
-    sketch.group("What the model knows of the class", [classes], GREY)
+    sketch.group("What the model knows of the class", [classes], GRAY)
     sketch.group("Train", [trainer, saved], ORANGE)
-    sketch.group("The class before: the checkpoint as it is", before, GREY)
+    sketch.group("The class before: the checkpoint as it is", before, GRAY)
     sketch.group("The class after: it should stay", after, GREEN)
     sketch.group("The subject: what was learnt", learnt, GREEN)
 
@@ -640,7 +640,7 @@ def draw_embedding(sketch):
     sketch.group("Set 1 and 2: checkpoint and photos", [checkpoint, photos], BLUE)
     sketch.group("Set 3: the word, and what to draw", [prompt, negative, size, plain], BLUE)
     sketch.group("Train", [trainer, saved], ORANGE)
-    sketch.group("Before: by the words the model knows", before, GREY)
+    sketch.group("Before: by the words the model knows", before, GRAY)
     sketch.group("After: by the new word", after, GREEN)
 
 
@@ -671,7 +671,7 @@ def draw_pivotal(sketch):
     sketch.group("Set 3: the word", [word], BLUE)
     sketch.group("Set 3 too: what to draw", [prompt, negative, size], BLUE)
     sketch.group("Train", [trainer, lora, saved], ORANGE)
-    sketch.group("The word alone, on the checkpoint as it is", alone, GREY)
+    sketch.group("The word alone, on the checkpoint as it is", alone, GRAY)
     sketch.group("Word and LoRA together", together, GREEN)
 
 
@@ -699,7 +699,7 @@ def draw_fine_tune(sketch):
 
     sketch.group("Set 1 and 2: checkpoint and pictures", [base[0], pictures], BLUE)
     sketch.group("Set 3: what to draw", wishes, BLUE)
-    sketch.group("Before: the checkpoint as it is", before, GREY)
+    sketch.group("Before: the checkpoint as it is", before, GRAY)
     sketch.group("After: as it was fine-tuned", after, GREEN)
 
 
@@ -737,9 +737,9 @@ def draw_merge(sketch):
     sketch.group("Set 1 and 2: checkpoint and LoRAs", [checkpoint, *loras], BLUE)
     sketch.group("Set 3: what to draw", [prompt, negative, size], BLUE)
     sketch.group("Merge and resize", [merged, resized, saved], ORANGE)
-    sketch.group("Look at it", [inspect, report], GREY)
+    sketch.group("Look at it", [inspect, report], GRAY)
     sketch.group("Put them on the model", [first, both, one], ORANGE)
-    sketch.group("Both, one after the other", rows[0], GREY)
+    sketch.group("Both, one after the other", rows[0], GRAY)
     sketch.group("The merged one", rows[1], GREEN)
 
 
@@ -781,11 +781,11 @@ def draw_edit(sketch):
     ]
     sketch.group("Set 1: the model", loaders, BLUE)
     sketch.group("Set 2: pairs", [pairs], BLUE)
-    sketch.group("Look at the pairs first", [inspect], GREY)
-    sketch.group("Settings", [run, previews], GREY)
+    sketch.group("Look at the pairs first", [inspect], GRAY)
+    sketch.group("Settings", [run, previews], GRAY)
     sketch.group("Train", [trained, saved], ORANGE)
     sketch.group("Set 3: what to edit", [picture, wish, size], BLUE)
-    sketch.group("Before: the model as it is", rows[0], GREY)
+    sketch.group("Before: the model as it is", rows[0], GRAY)
     sketch.group("After: with the LoRA", rows[1], GREEN)
 
 
@@ -855,7 +855,7 @@ def draw_curriculum(sketch):
     sketch.group("Set 1 and 2: checkpoint and photos", [checkpoint, *photos.values()], BLUE)
     sketch.group("Set 3: what to draw", [prompt, negative, size], BLUE)
     sketch.group("Train, one after the other", [*trainers, saved], ORANGE)
-    sketch.group("After the first trainer", rows[0], GREY)
+    sketch.group("After the first trainer", rows[0], GRAY)
     sketch.group("After the last trainer", rows[1], GREEN)
 
 
@@ -878,7 +878,7 @@ def draw_preference(sketch):
 
     sketch.group("Set 1 and 2: checkpoint and pairs", [base[0], pairs], BLUE)
     sketch.group("Set 3: what to draw", wishes, BLUE)
-    sketch.group("Before: the checkpoint as it is", before, GREY)
+    sketch.group("Before: the checkpoint as it is", before, GRAY)
     sketch.group("After: more like the better pictures", after, GREEN)
 
 
@@ -946,7 +946,7 @@ def draw_wan(sketch):
                  filename_prefix="graft_wan", fps=16.0)  # fmt: skip
     sketch.group("Set 1: the models", [*experts, clip, vae], BLUE)
     sketch.group("Set 2: dataset", [dataset], BLUE)
-    sketch.group("Timesteps", ranges, GREY)
+    sketch.group("Timesteps", ranges, GRAY)
     sketch.group("Train", [*trained, *saved], ORANGE)
     sketch.group("Set 3: what to draw", [*texts, size], BLUE)
     sketch.group("Draw with both LoRAs", [high, low, decoded, shown], GREEN)

@@ -39,7 +39,7 @@ def test_an_inpainting_model_predicts_as_it_does_without_a_mask():
     config.unet_config["in_channels"] = 9
     config.set_inference_dtype(torch.float32, None)
     model = config.get_model({}, "", device="cpu")
-    models.randomise(model.diffusion_model, 0)
+    models.randomize(model.diffusion_model, 0)
     cpu = torch.device("cpu")
     model = comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))

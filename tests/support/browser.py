@@ -64,10 +64,10 @@ SCRIPT = """
 # Luminance and contrast by WCAG 2.1; disabled elements are exempt.
 CONTRAST = """
     const pen = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-    const paint = (...colours) => {
+    const paint = (...colors) => {
         pen.clearRect(0, 0, 1, 1);
-        for (const colour of colours) {
-            pen.fillStyle = colour;
+        for (const color of colors) {
+            pen.fillStyle = color;
             pen.fillRect(0, 0, 1, 1);
         }
         return [...pen.getImageData(0, 0, 1, 1).data];
@@ -80,8 +80,8 @@ CONTRAST = """
         }
         return found;
     };
-    const luminance = colour => {
-        const parts = colour.slice(0, 3).map(part => part / 255);
+    const luminance = color => {
+        const parts = color.slice(0, 3).map(part => part / 255);
         const [red, green, blue] = parts.map(one => one <= 0.03928 ? one / 12.92 : ((one + 0.055) / 1.055) ** 2.4);
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue;
     };

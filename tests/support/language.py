@@ -63,7 +63,10 @@ REPLACED = {
 }
 # A variable of such a name does not say what it holds: its reader has to look up each assignment.
 FILLERS = {"found", "made", "one", "said", "some", "things", "told"}
-BRITISH = re.compile(r"optimis|quantis|normalis|parameteris|colour|neighbour|initialis|serialis", re.IGNORECASE)
+BRITISH = re.compile(
+    r"(optim|quant|normal|parameter|initial|serial|random|synchron|regular)is[ei]|colour|neighbour|grey|centred|_centre$",
+    re.I,
+)
 
 
 def problems_in(text, path):
@@ -80,6 +83,14 @@ def problems_in(text, path):
             yield f"{path}:{token.start[0]}: {token.string} is now {REPLACED[token.string]}"
         elif BRITISH.search(token.string):
             yield f"{path}:{token.start[0]}: {token.string}: American spelling in identifiers"
+
+
+def spellings_in(text, path):
+    """Yield one line for each British spelling in a JavaScript file."""
+    for number, line in enumerate(text.splitlines(), 1):
+        for word in re.findall(r"\w+", line):
+            if BRITISH.search(word):
+                yield f"{path}:{number}: {word}: American spelling in identifiers"
 
 
 def fillers_in(text, path):
@@ -105,6 +116,8 @@ def list_problems():
             name = path.relative_to(ROOT).as_posix()
             if name != "tests/support/language.py":
                 lines += problems_in(path.read_text(encoding="utf-8"), name)
+    for path in sorted((ROOT / "web").rglob("*.js")):
+        lines += spellings_in(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
     for pattern in SHIPPED:
         for path in sorted(ROOT.glob(pattern)):
             lines += fillers_in(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())

@@ -27,7 +27,7 @@ def patcher(name: str, dtype=None, seed: int = 0, keys: dict | None = None):
     model = config.get_model(keys or {}, "", device="cpu")
     if tiny.shrink:
         tiny.shrink(model.diffusion_model)
-    randomise(model.diffusion_model, seed, tiny.norms)
+    randomize(model.diffusion_model, seed, tiny.norms)
     return patched(model)
 
 
@@ -41,7 +41,7 @@ def patched(model):
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-def randomise(module, seed: int, norms: float = 1.0) -> None:
+def randomize(module, seed: int, norms: float = 1.0) -> None:
     """Fill a module with random weights; those of norms are near `norms`."""
     import torch
 
@@ -127,7 +127,7 @@ def text(name: str, seed: int = 0, dtype=None, operations=None):
     with _tokenizers_kept(), _small_eyes():
         made = comfy.sd.CLIP(target, embedding_directory=folders, model_options=options)
     if operations is None:
-        randomise(made.cond_stage_model, seed)
+        randomize(made.cond_stage_model, seed)
         made.cond_stage_model.to(dtype or torch.float32)
     return made
 
@@ -300,7 +300,7 @@ def kl_vae(channels: int):
             encoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Encoder", "params": shape},
             decoder_config={"target": "comfy.ldm.modules.diffusionmodules.model.Decoder", "params": shape},
         )
-    randomise(network, 0)
+    randomize(network, 0)
     return comfy.sd.VAE(sd=network.state_dict(), device=torch.device("cpu"), dtype=torch.float32)
 
 
@@ -312,7 +312,7 @@ def wan_vae():
 
     shape = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_scales": [], "dropout": 0.0}
     network = WanVAE(dim=8, z_dim=16, temperal_downsample=[False, True, True], **shape)
-    randomise(network, 0)
+    randomize(network, 0)
     return comfy.sd.VAE(sd=network.state_dict(), device=torch.device("cpu"), dtype=torch.float32)
 
 

@@ -115,33 +115,33 @@ def _oriented(folder, outside, number):
 def _modes(folder, outside, number):
     pixels = quarters(number)
     image = Image.fromarray(pixels)
-    grey = np.asarray(image.convert("L"))
+    gray = np.asarray(image.convert("L"))
 
     name = f"inks-{number}.jpg"
     _save(folder, name, image.convert("CMYK"), quality=95)
     yield name, Odd(pixels, tolerance=6.0)
 
     name = f"deep-{number}.png"
-    _save(folder, name, Image.fromarray(grey.astype(np.uint16) * 257))
-    yield name, Odd(np.repeat(grey[..., None], 3, 2), tolerance=1.0)
+    _save(folder, name, Image.fromarray(gray.astype(np.uint16) * 257))
+    yield name, Odd(np.repeat(gray[..., None], 3, 2), tolerance=1.0)
 
     name = f"deep-{number}.tif"
-    _save(folder, name, Image.fromarray(grey.astype(np.uint16) * 257))
-    yield name, Odd(np.repeat(grey[..., None], 3, 2), tolerance=1.0)
+    _save(folder, name, Image.fromarray(gray.astype(np.uint16) * 257))
+    yield name, Odd(np.repeat(gray[..., None], 3, 2), tolerance=1.0)
 
-    name = f"colours-{number}.png"
+    name = f"colors-{number}.png"
     path = os.path.join(folder, name)
     with open(path, "wb") as file:
         file.write(deep_rgb(pixels))
     yield name, Odd(pixels, tolerance=1.0)
 
-    name = f"grey-{number}.png"
-    _save(folder, name, Image.fromarray(grey))
-    yield name, Odd(np.repeat(grey[..., None], 3, 2))
+    name = f"gray-{number}.png"
+    _save(folder, name, Image.fromarray(gray))
+    yield name, Odd(np.repeat(gray[..., None], 3, 2))
 
     name = f"two-{number}.png"
-    _save(folder, name, Image.fromarray(grey > 128))
-    yield name, Odd(np.repeat(((grey > 128) * 255).astype(np.uint8)[..., None], 3, 2))
+    _save(folder, name, Image.fromarray(gray > 128))
+    yield name, Odd(np.repeat(((gray > 128) * 255).astype(np.uint8)[..., None], 3, 2))
 
     name = f"palette-{number}.png"
     indexed = image.quantize(8)

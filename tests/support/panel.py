@@ -160,7 +160,7 @@ class PanelView:
         """Wait until the chart has the theme's colors: the page changes its theme slowly, and the chart follows."""
         deadline = time.monotonic() + timeout
         while not self.is_drawn():
-            assert time.monotonic() < deadline, "the chart is not in the theme's colours"
+            assert time.monotonic() < deadline, "the chart is not in the theme's colors"
             time.sleep(0.1)
 
     def list_cramped(self):

@@ -67,7 +67,7 @@ class TinyParts:
         network = WanVAE(
             dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, temperal_downsample=[False, True, True]
         )
-        models.randomise(network, 0)
+        models.randomize(network, 0)
         return clip, comfy.sd.VAE(sd=network.state_dict(), dtype=torch.float32)
 
 

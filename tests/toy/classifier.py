@@ -138,7 +138,7 @@ def _erode(mask):
     return inner
 
 
-def _centre(mask):
+def _center(mask):
     """Roll a mask by whole pixels so that its centroid is in the middle: [4096] float32."""
     shift = [round(world.SIZE / 2 - axis.mean()) for axis in np.nonzero(mask)]
     return np.roll(mask, shift, axis=(0, 1)).ravel().astype(np.float32)
@@ -146,15 +146,15 @@ def _centre(mask):
 
 def _overlap(mask, templates):
     """Return the intersection over union of a mask [64, 64] with each template [n, 4096], centroids aligned."""
-    centred = _centre(mask)
-    common = templates @ centred
-    return common / (templates.sum(axis=1) + centred.sum() - common)
+    centered = _center(mask)
+    common = templates @ centered
+    return common / (templates.sum(axis=1) + centered.sum() - common)
 
 
 def _templates(draw, shape):
     """Return centered masks of draw(scene) at a few sizes and angles: [25, 4096]."""
     scenes = [world.Scene(shape, "red", "gray", size=s, angle=a) for s in TEMPLATE_SIZES for a in TEMPLATE_ANGLES]
-    return np.array([_centre(draw(scene) > 0.5) for scene in scenes])
+    return np.array([_center(draw(scene) > 0.5) for scene in scenes])
 
 
 @lru_cache(maxsize=1)

@@ -36,10 +36,10 @@ class WideLayerNorm(nn.LayerNorm):
 
     def forward(self, x):
         mean = x.sum(-1, keepdim=True) / FULL_WIDTH
-        centred = x - mean
+        centered = x - mean
         missing = FULL_WIDTH - x.shape[-1]
-        variance = (centred.square().sum(-1, keepdim=True) + missing * mean.square()) / FULL_WIDTH
-        return centred * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        variance = (centered.square().sum(-1, keepdim=True) + missing * mean.square()) / FULL_WIDTH
+        return centered * torch.rsqrt(variance + self.eps) * self.weight + self.bias
 
 
 def _group_norm(channels, full_channels, eps=1e-5):

@@ -153,9 +153,9 @@ def _deep_splitter(image: Image.Image) -> Callable[[Image.Image], tuple[Image.Im
     def split(strip: Image.Image) -> tuple[Image.Image, Image.Image | None]:
         values = _values(strip)
         scaled = np.nan_to_num(values / top * 255.0, posinf=255.0, neginf=0.0)
-        grey = Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8))
+        gray = Image.fromarray(np.clip(scaled + 0.5, 0, 255).astype(np.uint8))
         alpha = Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)) if isinstance(key, int) else None
-        return grey.convert("RGB"), alpha
+        return gray.convert("RGB"), alpha
 
     return split
 

@@ -389,6 +389,6 @@ def _tensors_in(slots: Iterable[dict]) -> list[torch.Tensor]:
 
 def _wait(device: torch.device) -> None:
     """Wait until the device has finished its queued work."""
-    synchronise = getattr(getattr(torch, device.type, None), "synchronize", None)
-    if synchronise is not None:
-        synchronise()
+    synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
+    if synchronize is not None:
+        synchronize()

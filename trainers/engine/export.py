@@ -73,7 +73,7 @@ class Exporter:
         recipe, family = self.recipe, self.host.denoiser.family
         return {
             "family": family,
-            "parameterisation": self.host.denoiser.parameterization,
+            "parameterization": self.host.denoiser.parameterization,
             "recipe": recipe.as_json(),
             "identity": self.identity,
             "run": self.run.name,

@@ -46,7 +46,7 @@ def describe_training(given: dict, kind: str) -> dict[str, str]:
     """Return the metadata of a trained file.
 
     Args:
-        given: `ss_*` fields without that prefix, and `family`, `parameterisation`, `resolution` (pixels), `trigger`,
+        given: `ss_*` fields without that prefix, and `family`, `parameterization`, `resolution` (pixels), `trigger`,
             `recipe` (JSON-compatible), `identity` and `run` (of the run) and `thumbnail` (data URI).
         kind: ModelSpec's name of the kind of file: "lora" or "textual-inversion".
     """
@@ -57,7 +57,7 @@ def describe_training(given: dict, kind: str) -> dict[str, str]:
     family = facts.pop("family")
     recipe = facts.pop("recipe")
     trigger = facts.pop("trigger")
-    prediction = facts.pop("parameterisation")
+    prediction = facts.pop("parameterization")
     fields = {f"ss_{name}": _text(value) for name, value in facts.items() if value is not None}
     fields["modelspec.sai_model_spec"] = "1.0.1"
     fields[ARCHITECTURE] = architecture_of(family, kind)

@@ -32,7 +32,7 @@ _LETTERS = 11
 _BARS = 12
 _INK = (235, 235, 235)
 _FAINT = (150, 150, 155)
-_GREY = (40, 40, 44)
+_GRAY = (40, 40, 44)
 _BAR = (96, 150, 214)
 _AMBER = (240, 176, 64)
 _RED = (230, 40, 40)
@@ -52,7 +52,7 @@ def contact_sheet(findings: Findings) -> np.ndarray:
     rows = -(-len(selected) // columns)
     left, right = _bucket_bars(findings), _tag_bars(findings)
     head = (max(len(left[1]), len(right[1])) + 3) * _LINE + 16
-    sheet = Image.new("RGB", (columns * _CELL, head + rows * (_CELL + _TEXT)), _GREY)
+    sheet = Image.new("RGB", (columns * _CELL, head + rows * (_CELL + _TEXT)), _GRAY)
     draw = ImageDraw.Draw(sheet)
     draw.font = letters()
     half = sheet.width // 2
@@ -196,7 +196,7 @@ def _whole(finding: Finding) -> Image.Image:
     frames = [_overlaid(frame, finding, factor) for frame in _three_frames(example)]
     step = (frames[0].width + 2, 0) if across else (0, frames[0].height + 2)
     last = len(frames) - 1
-    strip = Image.new("RGB", (frames[0].width + last * step[0], frames[0].height + last * step[1]), _GREY)
+    strip = Image.new("RGB", (frames[0].width + last * step[0], frames[0].height + last * step[1]), _GRAY)
     for number, frame in enumerate(frames):
         strip.paste(frame, (number * step[0], number * step[1]))
     return strip

@@ -70,7 +70,7 @@ def _mask_weights(example: Example, crop: Crop, shape: tuple[int, int]) -> torch
 
 # Number of drawn masks for a picture without a mask; each needs a latent of its own.
 DRAWN_MASKS = 4
-_GREY = 0.5
+_GRAY = 0.5
 
 # Names on disk of what `Conditioning` takes.
 _STORED_NAMES = {"inpaint_mask": "hole", "masked_image_latent": "around"}
@@ -145,7 +145,7 @@ class InpaintMaskCache:
                 inpaint_mask = cut(mask, crop)
             within = torch.from_numpy(to_array(inpaint_mask)[..., 0]).round()[None, None]
             pixels = torch.from_numpy(to_array(cut(picture, crop)))[None]
-            around = (pixels - _GREY) * (1 - within[0, ..., None]) + _GREY
+            around = (pixels - _GRAY) * (1 - within[0, ..., None]) + _GRAY
             mean, _ = self._codec.encode(around)
             if not torch.isfinite(mean).all():
                 raise DatasetError("the VAE gives no finite latent for it", "Use a VAE that runs in float32.", "vae")

@@ -1,4 +1,4 @@
-"""A labelled grid of images: one row per prompt, one column per adapter setting."""
+"""A labeled grid of images: one row per prompt, one column per adapter setting."""
 
 from __future__ import annotations
 

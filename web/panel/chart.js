@@ -76,10 +76,10 @@ const BOTTOM = 16;
 const OUTLIERS = 0.01; // fraction of the losses that may lie beyond the chart's edge, on either side
 
 export class Chart {
-  // colours: function that returns the current {raw, smooth, checked, line, text}.
-  constructor(canvas, colours) {
+  // colors: function that returns the current {raw, smooth, checked, line, text}.
+  constructor(canvas, colors) {
     this._canvas = canvas;
-    this._colours = colours;
+    this._colors = colors;
     this._size = [0, 0];
   }
 
@@ -96,21 +96,21 @@ export class Chart {
     pen.setTransform(SCALE, 0, 0, SCALE, 0, 0);
     pen.clearRect(0, 0, width, height);
     if (!curve.length || width < LEFT + RIGHT + 8 || height < TOP + BOTTOM + 8) return;
-    const colours = this._colours();
+    const colors = this._colors();
     const frame = frameOf(curve, width, height);
-    drawAxes(pen, frame, colours);
+    drawAxes(pen, frame, colors);
     pen.save();
     pen.beginPath();
     pen.rect(LEFT, TOP - 2, frame.right - LEFT + 2, frame.bottom - TOP + 4);
     pen.clip();
     pen.lineJoin = "round";
-    drawRaw(pen, curve, frame, colours.raw);
-    drawLine(pen, columnsOf(curve, curve.smooth, frame).map(({ x, last }) => [x, last]), frame, colours.smooth);
-    drawChecked(pen, curve, frame, colours.checked);
-    if (curve.best !== null) drawMark(pen, curve.best, t("Best"), frame.bottom - 4, frame, colours.checked);
+    drawRaw(pen, curve, frame, colors.raw);
+    drawLine(pen, columnsOf(curve, curve.smooth, frame).map(({ x, last }) => [x, last]), frame, colors.smooth);
+    drawChecked(pen, curve, frame, colors.checked);
+    if (curve.best !== null) drawMark(pen, curve.best, t("Best"), frame.bottom - 4, frame, colors.checked);
     // A resumed run has left its early end behind.
-    if (curve.end === curve.steps.at(-1)) drawMark(pen, curve.end, t("Early end"), TOP + 9, frame, colours.text);
-    if (pointed !== null) drawPointed(pen, curve, pointed, frame, colours);
+    if (curve.end === curve.steps.at(-1)) drawMark(pen, curve.end, t("Early end"), TOP + 9, frame, colors.text);
+    if (pointed !== null) drawPointed(pen, curve, pointed, frame, colors);
     pen.restore();
   }
 
@@ -162,10 +162,10 @@ export function ticksOf(low, high, count = 4) {
   });
 }
 
-function drawAxes(pen, frame, colours) {
+function drawAxes(pen, frame, colors) {
   pen.font = FONT;
-  pen.fillStyle = colours.text;
-  pen.strokeStyle = colours.line;
+  pen.fillStyle = colors.text;
+  pen.strokeStyle = colors.line;
   pen.lineWidth = 1;
   pen.textAlign = "right";
   pen.textBaseline = "middle";
@@ -204,8 +204,8 @@ function columnsOf(curve, values, frame) {
   return columns;
 }
 
-function drawRaw(pen, curve, frame, colour) {
-  pen.strokeStyle = colour;
+function drawRaw(pen, curve, frame, color) {
+  pen.strokeStyle = color;
   pen.lineWidth = 1;
   pen.beginPath();
   columnsOf(curve, curve.losses, frame).forEach(({ x, low, high, last }, place) => {
@@ -217,26 +217,26 @@ function drawRaw(pen, curve, frame, colour) {
   pen.stroke();
 }
 
-function drawLine(pen, points, frame, colour) {
-  pen.strokeStyle = colour;
+function drawLine(pen, points, frame, color) {
+  pen.strokeStyle = color;
   pen.lineWidth = 2;
   pen.beginPath();
   for (const [x, loss] of points) pen.lineTo(x, frame.y(loss));
   pen.stroke();
 }
 
-function drawChecked(pen, curve, frame, colour) {
+function drawChecked(pen, curve, frame, color) {
   const points = curve.validation.map(([step, loss]) => [frame.x(step), loss]);
-  drawLine(pen, points, frame, colour);
+  drawLine(pen, points, frame, color);
   if (points.length > 60) return;
-  pen.fillStyle = colour;
+  pen.fillStyle = color;
   for (const [x, loss] of points) dot(pen, x, frame.y(loss), 2.5);
 }
 
 // Draw a named vertical line at a step; the name, at height y, is on the side that has more room.
-function drawMark(pen, step, name, y, frame, colour) {
+function drawMark(pen, step, name, y, frame, color) {
   const x = Math.round(frame.x(step)) + 0.5;
-  pen.strokeStyle = colour;
+  pen.strokeStyle = color;
   pen.lineWidth = 1;
   pen.setLineDash([3, 3]);
   pen.beginPath();
@@ -245,21 +245,21 @@ function drawMark(pen, step, name, y, frame, colour) {
   pen.stroke();
   pen.setLineDash([]);
   const isRight = x > (LEFT + frame.right) / 2;
-  pen.fillStyle = colour;
+  pen.fillStyle = color;
   pen.textAlign = isRight ? "right" : "left";
   pen.fillText(name, isRight ? x - 4 : x + 4, y);
 }
 
-function drawPointed(pen, curve, pointed, frame, colours) {
+function drawPointed(pen, curve, pointed, frame, colors) {
   const place = curve.find(pointed);
   const x = frame.x(curve.steps[place]);
-  pen.strokeStyle = colours.text;
+  pen.strokeStyle = colors.text;
   pen.lineWidth = 1;
   pen.beginPath();
   pen.moveTo(x, TOP);
   pen.lineTo(x, frame.bottom);
   pen.stroke();
-  pen.fillStyle = colours.smooth;
+  pen.fillStyle = colors.smooth;
   dot(pen, x, frame.y(curve.smooth[place]), 3.5);
 }
 

@@ -110,7 +110,7 @@ export class Panel {
     this._note = make("div", { class: "graft-note" });
     this._canvas = make("canvas", { role: "img" });
     this._hint = make("div", { class: "graft-hint" });
-    this._chart = new Chart(this._canvas, () => this._readColours());
+    this._chart = new Chart(this._canvas, () => this._readColors());
     this._facts = FACTS.map(([name, , swatch]) => makeFact(name, swatch));
     this._figures = make("dl", { class: "graft-facts" }, ...this._facts.map(({ element }) => element));
     this._pictures = make("div", { class: "graft-pictures", title: t(words.ABOUT_LOSS) });
@@ -301,7 +301,7 @@ export class Panel {
     if (this._training) this._chart.draw(this._training.curve, this._pointed);
   }
 
-  _readColours() {
+  _readColors() {
     const colors = {};
     for (const { swatch } of this._facts) {
       if (swatch) colors[swatch.dataset.line] = getComputedStyle(swatch).backgroundColor;

@@ -87,10 +87,10 @@ class ComfyCodec:
         import torch
 
         caught = []
-        regulariser = getattr(self._vae.first_stage_model, "regularization", None)
+        regularizer = getattr(self._vae.first_stage_model, "regularization", None)
         hook = None
-        if isinstance(regulariser, torch.nn.Module):
-            hook = regulariser.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
+        if isinstance(regularizer, torch.nn.Module):
+            hook = regularizer.register_forward_pre_hook(lambda module, given: caught.append(given[0]))
         try:
             # As in a graph: ComfyUI's tiles change inference tensors in place, which torch forbids outside this mode.
             with torch.inference_mode():

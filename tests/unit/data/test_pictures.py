@@ -51,8 +51,8 @@ TIFF_MODES = ("RGB", "L", "1", "I;16", "I", "F", "CMYK", "P", "LA", "RGBA")
 def in_mode(picture, mode):
     if mode in ("I;16", "I", "F"):
         kind = {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-        grey = np.asarray(picture.convert("L")).astype(kind)
-        return Image.fromarray(grey * (1 if mode == "F" else 257))
+        gray = np.asarray(picture.convert("L")).astype(kind)
+        return Image.fromarray(gray * (1 if mode == "F" else 257))
     return picture.convert(mode)
 
 
@@ -134,14 +134,14 @@ def test_half_clear_part_of_a_mask_counts_half(tmp_path):
 
 
 def test_opaque_mask_keeps_its_digest_and_its_bits(tmp_path):
-    grey = Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 32, 3)).astype(np.uint8))
+    gray = Image.fromarray(np.random.RandomState(0).randint(0, 256, (16, 32, 3)).astype(np.uint8))
     path = tmp_path / "a.png"
-    for mask in (grey, grey.convert("RGBA")):
+    for mask in (gray, gray.convert("RGBA")):
         mask.save(path)
         _, file = source(path)
         assert not pictures.is_clear(file)
         assert MaskSource(file, False).digest == file.digest
-        assert np.array_equal(np.asarray(MaskSource(file, False).open()), np.asarray(grey.convert("L")))
+        assert np.array_equal(np.asarray(MaskSource(file, False).open()), np.asarray(gray.convert("L")))
 
 
 def modes():
