@@ -167,15 +167,23 @@ def end_of_messages(ready: list[float], costs: list[float]) -> float:
     return end
 
 
+def sharers(world: int, shares: str) -> int:
+    """Return the number of processes that share one copy of the weights; `shares` is "on" or "hybrid"."""
+    return min(world, A_MACHINE) if shares == "hybrid" else world
+
+
 def gather_seconds(work: Work, world: int, between: Network) -> float:
-    """Return the seconds to gather every block's weights twice, for a picture's forward and for its backward."""
+    """Return the seconds in which so many processes gather every block's weights twice.
+
+    That is for a picture's forward and for its backward.
+    """
     if world == 1:
         return 0.0
     link = between if world > A_MACHINE else INSIDE
     return 2 * ((world - 1) / world * work.weights / link.rate + work.blocks * (world - 1) * link.latency)
 
 
-def picture_seconds(work: Work, world: int, between: Network, shares: bool) -> float:
+def picture_seconds(work: Work, world: int, between: Network, shares: str) -> float:
     """Return the seconds of a picture.
 
     With sharded weights, the next block's weights arrive while one block computes; only the first block's are waited
@@ -183,7 +191,7 @@ def picture_seconds(work: Work, world: int, between: Network, shares: bool) -> f
     """
     if not shares:
         return work.seconds
-    gathering = gather_seconds(work, world, between)
+    gathering = gather_seconds(work, sharers(world, shares), between)
     return max(work.seconds, gathering) + gathering / work.blocks
 
 
@@ -193,7 +201,7 @@ def step_seconds(
     pictures: int,
     between: Network,
     noise: float,
-    shares: bool = False,
+    shares: str = "",
     half: bool = False,
     overlaps: bool = True,
 ) -> float:
@@ -225,11 +233,11 @@ def rows(work: Work, between: Network, batch: int, **how: bool) -> list[tuple[in
     ]
 
 
-def shared_rows(work: Work, between: Network) -> list[tuple[int, float]]:
+def shared_rows(work: Work, between: Network, shares: str, half: bool = False) -> list[tuple[int, float]]:
     """Return (processes, efficiency with sharded weights and a picture for each, against one unsharded process)."""
     noise = noise_seconds(work.latent)
     alone = step_seconds(work, 1, 1, between, noise)
-    return [(world, alone / step_seconds(work, world, world, between, noise, True)) for world in WORLDS]
+    return [(world, alone / step_seconds(work, world, world, between, noise, shares, half)) for world in WORLDS]
 
 
 def main() -> None:
@@ -256,16 +264,20 @@ def main() -> None:
                 cells = [f"{world}", f"{alone * 1e3:.1f}", *(f"{part:.1%}" for _, *parts in row for part in parts)]
                 print(f"| {' | '.join(cells)} |")
         print(f"\nWith weights in shares, {work.weights / 1e9:.1f} GB of blocks in bf16:\n")
-        titles = ["gathered in, ms", "one each"]
-        print(f"| {' | '.join(['processes', 'GB held by each', 'GB gathered a picture', *titles, *titles])} |")
-        print("|---|---|---|---|---|---|---|")
-        tables = [shared_rows(work, between) for between in BETWEEN]
-        for (world, *slow), (_, *fast) in zip(*tables, strict=True):
-            held = work.weights / world / 1e9
-            cells = [f"{world}", f"{held:.1f}", f"{2 * (world - 1) * held:.1f}"]
-            for between, (share,) in zip(BETWEEN, (slow, fast), strict=True):
-                cells += [f"{gather_seconds(work, world, between) * 1e3:.0f}", f"{share:.0%}"]
-            print(f"| {' | '.join(cells)} |")
+        titles = ["gathered in, ms", "exact", "bf16"]
+        print(f"| {' | '.join(['shard', 'processes', 'GB held by each', 'GB gathered a picture', *titles, *titles])} |")
+        print("|---" * 10 + "|")
+        for shares in ("on", "hybrid"):
+            tables = [shared_rows(work, between, shares, half) for between in BETWEEN for half in (False, True)]
+            for row in zip(*tables, strict=True):
+                world = row[0][0]
+                count = sharers(world, shares)
+                held = work.weights / count / 1e9
+                cells = [shares, f"{world}", f"{held:.1f}", f"{2 * (count - 1) * held:.1f}"]
+                for number, between in enumerate(BETWEEN):
+                    cells.append(f"{gather_seconds(work, count, between) * 1e3:.0f}")
+                    cells += [f"{share:.1%}" for _, share in row[2 * number : 2 * number + 2]]
+                print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

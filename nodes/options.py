@@ -256,7 +256,9 @@ class GraftMemoryOptions(OptionNode):
                     "after memory ran out.",
                 ),
                 cls.widget(
-                    "shard", "With several processes: each keeps only a shard of the blocks' frozen weights. auto: off."
+                    "shard",
+                    "With several processes: each keeps only a shard of the blocks' frozen weights. hybrid: over the "
+                    "processes of a machine. auto: off.",
                 ),
                 cls.widget("recompute", "The part that checkpointing recomputes. auto: everything."),
                 cls.widget(

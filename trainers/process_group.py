@@ -84,8 +84,12 @@ class Group:
         """Return the main process's text in all processes. Raise PeerLostError as `all_reduce` does."""
         return text
 
-    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool) -> None:
-        """Shard the frozen weights of a tree's blocks, see `fsdp.ShardedWeights`. Do nothing with one process."""
+    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool, hybrid: bool) -> None:
+        """Shard the frozen weights of a tree's blocks, see `fsdp.ShardedWeights`. Do nothing with one process.
+
+        Args:
+            hybrid: shard them over the processes of each machine, and hold all shards on every machine.
+        """
 
     @contextmanager
     def main_process_only(self) -> Iterator[bool]:

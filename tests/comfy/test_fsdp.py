@@ -25,8 +25,8 @@ class Lone:
     def broadcast_int(self, number):
         self.asked.append(number)
 
-    def gather_shares(self, whole, share, asynchronous):
-        distributed.all_gather_single(whole, share)
+    def gather_shares(self, whole, share, processes, asynchronous):
+        distributed.all_gather_single(whole, share, group=processes)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -31,10 +31,15 @@ WORKER = "graft_process_group"
 
 
 class ProcessGroup:
-    """A group of processes; all of them run the same task and then end."""
+    """A group of processes; all of them run the same task and then end.
+
+    Args:
+        world: number of processes; or a list of them by machine, as launchers on several machines tell.
+    """
 
     def __init__(self, world):
-        self.world_size = world
+        self.machines = [world] if isinstance(world, int) else world
+        self.world_size = sum(self.machines)
         self.exitcodes = []
 
     def run(self, task, timeout=240, **arguments):
@@ -45,9 +50,11 @@ class ProcessGroup:
         context.set_forkserver_preload(HEAVY)
         store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
         members = []
+        places = [(place, size) for size in self.machines for place in range(size)]
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             given = {"rank": rank, "world": self.world_size, "port": store.port, "pipe": theirs}
+            given |= {"local_rank": places[rank][0], "local_world": places[rank][1]}
             given |= {"task": task, "arguments": arguments}
             member = context.Process(target=runpy.run_path, args=(__file__, {"GIVEN": given}, WORKER), daemon=True)
             member.start()
@@ -74,8 +81,8 @@ def _answer(pipe):
 
 def join(given):
     """Join the others inside a process, run the task, and send the answer."""
-    names = {"RANK": given["rank"], "LOCAL_RANK": given["rank"], "WORLD_SIZE": given["world"]}
-    names |= {"LOCAL_WORLD_SIZE": given["world"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": given["port"]}
+    names = {"RANK": given["rank"], "LOCAL_RANK": given["local_rank"], "WORLD_SIZE": given["world"]}
+    names |= {"LOCAL_WORLD_SIZE": given["local_world"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": given["port"]}
     names |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0, "OMP_NUM_THREADS": 1}
     os.environ.update({name: str(value) for name, value in names.items()})
     # Import only after the environment names the process's rank.
@@ -231,6 +238,7 @@ def gradients(group, fields, windows):
     from graft_pack.trainers.engine.updater import ParameterUpdater
     from graft_pack.trainers.memory.autograd import blocks_of
     from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
+    from graft_pack.trainers.recipe.options import HYBRID, SHARDED
     from graft_pack.trainers.steps.plan import Window
 
     from tests.support import models
@@ -249,8 +257,9 @@ def gradients(group, fields, windows):
 
         if plan.recipe.checkpointing == "on":
             checkpoint_blocks(blocks, plan.recipe.keeps_attention)
-        if plan.recipe.shard == "on":
-            group.shard(host.denoiser.module, plan.trainables.values(), needs_input_grad=False)
+        if plan.recipe.shard in SHARDED:
+            hybrid = plan.recipe.shard == HYBRID
+            group.shard(host.denoiser.module, plan.trainables.values(), needs_input_grad=False, hybrid=hybrid)
         for step, batches in enumerate(windows):
             for parameter in plan.trainables.values():
                 parameter.grad = None

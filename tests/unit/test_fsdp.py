@@ -4,7 +4,7 @@ import pytest
 from graft_pack.trainers.distributed import fsdp
 from graft_pack.trainers.engine.validation import check_recipe
 from graft_pack.trainers.errors import SettingsError
-from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, EVERYTHING
+from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, EVERYTHING, HYBRID
 
 from tests.support import models
 from tests.support.diffusers_host import run_session, same_state
@@ -12,6 +12,7 @@ from tests.support.groups import FULL, assert_close, gradients_of, log_of, state
 from tests.support.process_group import ProcessGroup
 
 SHARED = {**FULL, "shard": "on"}
+HYBRID_SHARDS = {**FULL, "shard": HYBRID}
 
 
 @pytest.mark.soak
@@ -29,6 +30,27 @@ def test_each_holds_its_share_and_the_gradient_is_that_of_one_process(checkpoint
             assert all(whole / world <= size <= most for size in held)
 
 
+@pytest.mark.soak
+@pytest.mark.parametrize("checkpointing", ["off", "on"])
+@pytest.mark.parametrize("machines", [[1, 2], [2, 2]], ids=str)
+def test_hybrid_shards_are_whole_on_each_machine(machines, checkpointing, trials):
+    """Machines need not have the same number of processes."""
+    if machines == [2, 2] and checkpointing == "off" and not trials(False, True):
+        pytest.skip("`make soak` tries all")
+    sizes = [size for size in machines for _ in range(size)]
+    fields = {"shard": HYBRID, "checkpointing": checkpointing}
+    for size, ((whole, *held), _) in zip(sizes, gradients_of(machines, fields), strict=True):
+        assert all(whole / size <= bytes_held <= 1.01 * whole / size + 4096 for bytes_held in held)
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory):
+    """Return the folder of an uninterrupted run of three processes, two of them on one machine."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    assert None not in ProcessGroup([2, 1]).run("train", folder=str(folder), fields=HYBRID_SHARDS)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
     """Return the folder of an uninterrupted run of two processes with sharded weights."""
@@ -37,26 +59,42 @@ def shared(tmp_path_factory):
     return folder
 
 
-def test_the_result_is_that_of_one_process(straight, shared):
-    assert_close(shared, straight)
-    logs = [log_of(folder) for folder in (shared, straight)]
+RUNS = ["shared", "hybrid"]
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_the_result_is_that_of_one_process(straight, kind, request):
+    folder = request.getfixturevalue(kind)
+    assert_close(folder, straight)
+    logs = [log_of(each) for each in (folder, straight)]
     for kind, number in (("step", "loss"), ("validation", "loss"), ("sample", "step")):
         found, expected = ([line[number] for line in log if line["event"] == kind] for log in logs)
         assert found == pytest.approx(expected, rel=1e-4)
         assert found
 
 
+# (kind, processes, fields, deaths): see `process_group.train`.
+DEATHS = [
+    ("shared", 2, SHARED, [(1, "part", 5), (0, "part", 4), (1, "summed", 3), (0, "report", 8)]),
+    ("hybrid", [2, 1], HYBRID_SHARDS, [(2, "part", 5), (1, "part", 5), (0, "part", 4), (2, "summed", 3)]),
+]
+
+
 @pytest.mark.soak
-def test_a_process_is_killed_and_the_run_goes_on_as_if_nothing_was(shared, straight, tmp_path, trials):
-    deaths = [(1, "part", 5), (0, "part", 4), (1, "summed", 3), (0, "report", 8)]
+@pytest.mark.parametrize("kind, world, fields, deaths", DEATHS, ids=RUNS)
+def test_a_process_is_killed_and_the_run_goes_on_as_if_nothing_was(
+    kind, world, fields, deaths, request, straight, tmp_path, trials
+):
+    uninterrupted = state_in(request.getfixturevalue(kind))
     for number, death in enumerate(trials(deaths[:1], deaths)):
         folder = tmp_path / str(number)
-        group = ProcessGroup(2)
-        answers = group.run("train", folder=str(folder), fields=SHARED, death=death)
+        group = ProcessGroup(world)
+        answers = group.run("train", folder=str(folder), fields=fields, death=death)
         assert group.exitcodes[death[0]] == -9
-        assert answers[1 - death[0]] == "PeerLostError"
-        group.run("train", folder=str(folder), fields=SHARED)
-        assert same_state(state_in(folder), state_in(shared)), death
+        assert answers.pop(death[0]) is None
+        assert {*answers} == {"PeerLostError"}
+        group.run("train", folder=str(folder), fields=fields)
+        assert same_state(state_in(folder), uninterrupted), death
 
 
 @pytest.mark.soak
@@ -107,7 +145,7 @@ def test_memory_that_runs_out_where_one_works_alone_is_found(straight, tmp_path,
     "fields, said",
     [
         ({"method": "all weights", "rank": 0, "alpha": 0.0}, "trains all weights.*only frozen weights"),
-        ({"offload": "on"}, "shard and offload are both on"),
+        ({"offload": "on"}, "shard is on and offload is on"),
     ],
     ids=["all weights", "offload"],
 )

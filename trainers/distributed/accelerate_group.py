@@ -15,6 +15,7 @@ from ..process_group import GradientReducer, Group
 if TYPE_CHECKING:
     import torch
     from torch import nn
+    from torch.distributed import ProcessGroup
 
     from .fsdp import ShardedWeights
     from .gradient_reducer import BucketReducer
@@ -157,7 +158,7 @@ class AccelerateGroup(Group):
             sent = torch.tensor(data if self.is_main else [0] * length, dtype=torch.uint8, device=self.device)
             return bytes(broadcast(sent).tolist()).decode()
 
-    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool) -> None:
+    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool, hybrid: bool) -> None:
         """Shard the frozen weights of a tree's blocks with `ShardedWeights`. A single process keeps them whole."""
         if self.world_size == 1:
             return
@@ -168,14 +169,28 @@ class AccelerateGroup(Group):
         self.all_reduce()
         # Messages of one group keep their order, but gradients and shards of weights do not wait for each other.
         self.bucket_group = distributed.new_group(timeout=_WAIT)
-        self._shards = shards = ShardedWeights(tree, keep, self, needs_input_grad)
+        processes = self._processes_of_machine() if hybrid else None
+        self._shards = shards = ShardedWeights(tree, keep, self, needs_input_grad, processes)
         log.info(
             "Graft: sharded the frozen weights of %d blocks (%.1f MB) over %d processes%s.",
             shards.blocks,
             shards.divided / 1e6,
-            self.world_size,
+            processes.size() if processes else self.world_size,
             f"; {shards.whole / 1e6:.1f} MB of them are whole in each" if shards.whole else "",
         )
+
+    def _processes_of_machine(self) -> ProcessGroup:
+        """Return torch's group of this machine's processes. Launchers number all processes machine by machine."""
+        from torch import distributed
+
+        machines: list[list[int]] = []
+        for rank, place in enumerate(self.gather([float(self.local_rank)], self.world_size)):
+            if not machines or place == 0:
+                machines.append([])
+            machines[-1].append(rank)
+        # Every process has to take part in making every group.
+        groups = [distributed.new_group(ranks, timeout=_WAIT) for ranks in machines]
+        return next(group for group, ranks in zip(groups, machines, strict=True) if self.rank in ranks)
 
     @property
     def sharded(self) -> bool:
@@ -209,8 +224,8 @@ class AccelerateGroup(Group):
         with self.connected():
             return int(broadcast(torch.tensor([number], device=self.device)))
 
-    def gather_shares(self, whole: torch.Tensor, share: torch.Tensor, asynchronous: bool):
-        """All-gather `whole` from the shard of each process. Return torch's handle if `asynchronous`.
+    def gather_shares(self, whole: torch.Tensor, share: torch.Tensor, processes: ProcessGroup, asynchronous: bool):
+        """All-gather `whole` from the shard of each of the processes. Return torch's handle if `asynchronous`.
 
         Raises:
             PeerLostError: a process has left.
@@ -220,7 +235,7 @@ class AccelerateGroup(Group):
         # Newer versions of torch renamed the function.
         gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
         with self.connected():
-            return gather(whole, share, async_op=asynchronous)
+            return gather(whole, share, group=processes, async_op=asynchronous)
 
     def close(self) -> None:
         """Destroy the process group."""

@@ -4,6 +4,9 @@ Gathering a block needs the shards of all processes, so all of them must reach t
 forward and the backward. Within a step they therefore make the same passes (`steps.step.forward_passes`). If the main
 process works alone (`main_process_only`), the others serve the shards that it asks for. Trained weights are not
 sharded: each process has all of them.
+
+Hybrid shards are shards over the processes of a machine. Frozen weights have no gradients to sum between machines, so
+FSDP2's mesh has no second dimension: each machine gathers on its own.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from ..memory.offload import list_frozen, onload
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.distributed import ProcessGroup
 
     from .accelerate_group import AccelerateGroup
 
@@ -62,7 +66,14 @@ class ShardedWeights:
         alone: whether this is the main process and it works alone, inside `main_process_only`.
     """
 
-    def __init__(self, tree: nn.Module, keep: Iterable[torch.Tensor], group: AccelerateGroup, needs_input_grad: bool):
+    def __init__(
+        self,
+        tree: nn.Module,
+        keep: Iterable[torch.Tensor],
+        group: AccelerateGroup,
+        needs_input_grad: bool,
+        processes: ProcessGroup | None = None,
+    ):
         """Shard the weights block by block. While it shards a block, all of its weights are on the device.
 
         Args:
@@ -71,14 +82,18 @@ class ShardedWeights:
             group: the process group.
             needs_input_grad: whether gradients must reach the tree's input, so that every pass has a backward
                 through all blocks, whatever it computes.
+            processes: those that share the weights, this one among them; None for all of them.
 
         Raises:
             ModelError: the tree has no weights that can be sharded.
         """
+        from torch.distributed import group as groups
+
         self.alone = False
         self._group = group
         self._tree = tree
         self._has_gathered = False
+        self._processes = processes or groups.WORLD
         candidates = blocks_of(tree)
         sharded = _shardable(tree, group.device, keep)
         self._blocks = [block for block in candidates if any(weight in sharded for weight in block.parameters())]
@@ -99,13 +114,12 @@ class ShardedWeights:
 
     def _shard(self, sharded: set[nn.Parameter]) -> None:
         """Hand the blocks to FSDP2, which shards these weights and leaves all others alone."""
-        from torch.distributed import group as groups
         from torch.distributed.device_mesh import DeviceMesh
         from torch.distributed.fsdp import fully_shard
 
         # The warning is about in-place changes of a block's output. `OutOfPlace` turns those into new tensors.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        mesh = DeviceMesh.from_group(groups.WORLD, self._group.device.type)
+        mesh = DeviceMesh.from_group(self._processes, self._group.device.type)
         ignored = {*self._tree.parameters()} - sharded
         for number, block in enumerate(self._blocks):
             fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
@@ -116,7 +130,7 @@ class ShardedWeights:
         fully_shard(self._tree, mesh=mesh, reshard_after_forward=True, ignored_params=ignored)
 
     def gather(self, number: int, whole: torch.Tensor, shard: torch.Tensor, asynchronous: bool):
-        """All-gather a block's weights from the shards of all processes.
+        """All-gather a block's weights from the shards of all processes that share them.
 
         Raises:
             PeerLostError: a process has left.
@@ -124,7 +138,7 @@ class ShardedWeights:
         self._has_gathered = True
         if self.alone:
             self._group.broadcast_int(number)
-        return self._group.gather_shares(whole, shard, asynchronous)
+        return self._group.gather_shares(whole, shard, self._processes, asynchronous)
 
     @contextmanager
     def main_process_only(self) -> Iterator[bool]:
@@ -154,9 +168,13 @@ class ShardedWeights:
 
     def _serve(self) -> None:
         """Take part in gathering the blocks that the main process asks for, until it has finished."""
+        from torch.distributed import get_process_group_ranks
+
+        shares_with_main = 0 in get_process_group_ranks(self._processes)
         while (number := self._group.broadcast_int(_DONE)) != _DONE:
-            self._blocks[number].unshard()
-            self._blocks[number].reshard()
+            if shares_with_main:
+                self._blocks[number].unshard()
+                self._blocks[number].reshard()
 
     def reset_after_failure(self) -> None:
         """Reset FSDP2's state after an interrupted forward pass."""

@@ -19,6 +19,7 @@ from ..formats.metadata import source_of
 from ..methods import METHODS, textual_inversion
 from ..optimizers import OPTIMIZERS
 from ..preprocessing.prepare import Prepared, prepare
+from ..recipe.options import HYBRID, SHARDED
 from ..runs import earlier, tensorboard
 from ..runs.checkpoint import State
 from ..runs.folders import Products
@@ -234,7 +235,7 @@ class _Session:
     @property
     def is_sharded(self) -> bool:
         """Report whether the frozen weights are sharded over several processes."""
-        return self.recipe.shard == "on" and self.host.group.world_size > 1
+        return self.recipe.shard in SHARDED and self.host.group.world_size > 1
 
 
 def _run(session: _Session, state: State, finished: bool) -> Result:
@@ -355,10 +356,11 @@ def _place_weights(session: _Session, plan: Plan) -> None:
     if session.is_sharded:
         # An adapter has a gradient in every pass. An embedding alone has one only if the caption contains it.
         keep = [*plan.trainables.values(), *session.modules.read_later()]
-        host.group.shard(host.denoiser.module, keep, needs_input_grad=not METHODS[recipe.method].trains_model)
+        needs_grad = not METHODS[recipe.method].trains_model
+        host.group.shard(host.denoiser.module, keep, needs_input_grad=needs_grad, hybrid=recipe.shard == HYBRID)
         host.denoiser.make_room(weights=True)
-    elif recipe.shard == "on":
-        log.info("Graft: shard is on, but only one process trains: it holds all weights.")
+    elif recipe.shard in SHARDED:
+        log.info("Graft: shard is set, but only one process trains: it holds all weights.")
 
 
 def _export_finished(session: _Session, state: State) -> Result:
@@ -367,7 +369,7 @@ def _export_finished(session: _Session, state: State) -> Result:
     if not METHODS[recipe.method].reads_base(recipe):
         return _result(session, state, state.step)
     # Keep the weights off the device if training did: nothing is computed here, and they may not fit.
-    with modules.training(recipe.offload == "on" or recipe.shard == "on"):
+    with modules.training(recipe.offload == "on" or recipe.shard in SHARDED):
         modules.inject()
         for name, tensor in modules.constants().items():
             tensor.copy_(state.constants[name])

@@ -9,7 +9,7 @@ from ..errors import SettingsError
 from ..families import TARGET_PRESETS, family_of
 from ..methods import ADAPTERS, METHODS, textual_inversion
 from ..optimizers import OPTIMIZERS, SCHEDULES
-from ..recipe.options import AS_IT_IS, OPTIONS, RECIPE_OPTIONS, TEXT_ALONE
+from ..recipe.options import AS_IT_IS, OPTIONS, RECIPE_OPTIONS, SHARDED, TEXT_ALONE
 
 if TYPE_CHECKING:
     from ..option import Option
@@ -230,17 +230,17 @@ def _check_schedule(recipe: Recipe) -> None:
 
 
 def _check_shard(recipe: Recipe) -> None:
-    if recipe.shard != "on":
+    if recipe.shard not in SHARDED:
         return
     if METHODS[recipe.method].in_backward:
         raise SettingsError(
-            "shard is on, but this node trains all weights, and Graft can shard only frozen weights.",
+            f"shard is {recipe.shard}, but this node trains all weights, and Graft can shard only frozen weights.",
             "Set shard in Graft Memory Options to off, or train a LoRA.",
             "options",
         )
     if recipe.offload == "on":
         raise SettingsError(
-            "shard and offload are both on, but Graft can only do one of them with frozen weights.",
+            f"shard is {recipe.shard} and offload is on, but Graft can only do one of them with frozen weights.",
             "Set one of them in Graft Memory Options to off.",
             "options",
         )

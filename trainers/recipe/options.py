@@ -27,6 +27,9 @@ RECOMPUTED = (EVERYTHING, ALL_BUT_ATTENTION)
 
 # Values of `base_dtype`.
 AS_IT_IS = "as it is"
+# Values of `shard` that shard the weights.
+HYBRID = "hybrid"
+SHARDED = ("on", HYBRID)
 FP8, INT8, NF4 = BASE_DTYPES = ("fp8 (scaled)", "int8", "nf4")
 
 # Values of `prompt_node`: ComfyUI's node that reads the text alone, and the nodes that show source pictures to the text
@@ -127,7 +130,8 @@ class RecipeOptions:
         slider_anchors: prompts whose predictions a slider keeps.
         slider_strength: strength s of the adapter at which a slider is trained, at +s and -s; 0 for no slider.
         prompt_node: the host's node that encodes the captions, TEXT_ALONE or one of PROMPT_NODES.
-        shard: "on" to shard the frozen weights of blocks over the processes.
+        shard: "on" to shard the frozen weights of blocks over the processes, HYBRID to shard them over those of a
+            machine.
         recompute: part of checkpointed blocks that the backward recomputes, one of RECOMPUTED.
         compile: "on" to compile the denoiser's repeated blocks.
         base_dtype: format to which the denoiser's linear weights are quantized, AS_IT_IS or one of BASE_DTYPES.
@@ -325,7 +329,9 @@ class RecipeOptions:
     start_from: str = option("adapter", unset="auto", default="", decides=False)
     tensorboard: str = option("run", unset="auto", choices=("on", "off"), default="off", decides=False)
     processes: int = option("run", unset=0, range=(1, 1024), top=64, default=1, before=1, decides=False)
-    shard: str = option("memory", unset="auto", choices=("on", "off"), default="auto", before="auto", decides=False)
+    shard: str = option(
+        "memory", unset="auto", choices=("on", "off", HYBRID), default="auto", before="auto", decides=False
+    )
     recompute: str = option(
         "memory", unset="auto", choices=RECOMPUTED, default=EVERYTHING, before=EVERYTHING, decides=False
     )
