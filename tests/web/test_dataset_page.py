@@ -8,12 +8,14 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from selenium.webdriver import ActionChains
 from selenium.webdriver.common.keys import Keys
 
 from tests.support import panel as panels
 from tests.support import runs
 from tests.support.browser import EMPTY, Browser
 from tests.support.dataset_page import DatasetView, drop_files
+from tests.support.videos import write_video
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
@@ -132,6 +134,32 @@ def dataset_of(folder):
     ]
     assert [example.source.name for example in dataset.examples if example.mask is not None] == ["04.png"]
     return dataset
+
+
+def test_a_clip_plays_while_the_pointer_or_the_keyboard_is_on_it(page, view, make_folder):
+    folder = make_folder(["one"], "clips")
+    write_video(folder / "walk.mp4", 16, size=(64, 64))
+    view.open(folder.name, frames=5)
+
+    def wait_for_picture(is_moving):
+        """Wait until the clip's tile has loaded the still or the moving picture."""
+        view.wait_for(
+            "walk.mp4",
+            "tile.querySelector('img').complete && tile.querySelector('img').naturalWidth === 64 && "
+            f"tile.querySelector('img').src.includes('moving=1') === {str(is_moving).lower()}",
+        )
+
+    wait_for_picture(False)
+    mouse = ActionChains(page.driver)
+    mouse.move_to_element(view.part("walk.mp4", ".graft-thumb")).perform()
+    wait_for_picture(True)
+    mouse.move_to_element(view.part("00.png", "textarea")).perform()
+    wait_for_picture(False)
+    page.js("args[0].focus();", view.part("walk.mp4", ".graft-thumb"))
+    wait_for_picture(True)
+    page.js("args[0].focus();", view.part("00.png", ".graft-thumb"))
+    wait_for_picture(False)
+    assert "moving" not in view.part("00.png", "img").get_attribute("src")
 
 
 def test_a_picture_that_is_uploaded_again_stays(page, make_folder, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from ..data.clips import FRAMES, VideoSource, is_clip, is_media, list_frames
+from ..data.clips import FRAMES, AnimationSource, ClipSource, FramesSource, VideoSource, is_clip, is_media, list_frames
 from ..data.listing import File, Listing, list_folder
 from ..data.pictures import FileSource, measure_file
 from ..errors import DatasetError
@@ -71,6 +71,18 @@ def one_picture(folder: str, name: str) -> FileSource | VideoSource:
     if not is_possible or not os.path.isfile(path):
         return source_of(Listing(folder, {}, []), name)
     return _source(path, name, root)
+
+
+def one_clip(folder: str, name: str) -> ClipSource:
+    """Return a clip as a source of its frames without listing its folder. Raise as `one_picture`."""
+    source = one_picture(folder, name)
+    if isinstance(source, VideoSource):
+        return source
+    root = os.path.realpath(folder)
+    if os.path.basename(source.path) == name.rpartition("/")[2]:
+        return AnimationSource(source.path, name, root)
+    frames = list_frames(os.path.dirname(source.path))
+    return FramesSource([FileSource(frame, name, root, "") for frame in frames], name)
 
 
 def path_to_write(root: str, name: str) -> str:

@@ -181,7 +181,7 @@ export class DatasetPage {
   _makeTile(picture) {
     const { actions } = this;
     return new Tile(picture, {
-      url: () => this._routes.thumbnailUrl(this.dataset.folder, picture),
+      url: (isMoving) => this._routes.thumbnailUrl(this.dataset.folder, picture, isMoving),
       aboutLoss: () => `${this.dataset.run}: ${t(ABOUT_LOSS)}`,
       isSelected: () => this.dataset.selected.has(picture.name),
       select: (event) => this.toggle(picture, event),

@@ -10,8 +10,10 @@ export class DatasetRoutes extends Server {
     return this._json(`/graft/dataset?${new URLSearchParams({ folder, ...values })}`);
   }
 
-  thumbnailUrl(folder, { name, mark }) {
-    return this._api.apiURL(`/graft/dataset/thumbnail?${new URLSearchParams({ folder, name, mark })}`);
+  // isMoving: the first seconds of a clip instead of its first frame.
+  thumbnailUrl(folder, { name, mark }, isMoving = false) {
+    const query = new URLSearchParams({ folder, name, mark, ...(isMoving && { moving: 1 }) });
+    return this._api.apiURL(`/graft/dataset/thumbnail?${query}`);
   }
 
   pictureUrl(folder, { name, mark }) {

@@ -9,7 +9,7 @@ const ORIGINS = {
 };
 
 export class Tile {
-  // acts: {url: address of the thumbnail, aboutLoss: text, isSelected, select, type, leave, open, settle, retry}.
+  // acts: {url: function from whether it moves to the thumbnail's address, aboutLoss: text, isSelected, select, type, leave, open, settle, retry}.
   constructor(picture, acts) {
     this.picture = picture;
     this._acts = acts;
@@ -20,6 +20,8 @@ export class Tile {
     this._thumb.addEventListener("click", (event) =>
       event.ctrlKey || event.metaKey ? acts.select(event) : acts.open(),
     );
+    for (const event of ["pointerenter", "focus"]) this._thumb.addEventListener(event, () => this.load(true));
+    for (const event of ["pointerleave", "blur"]) this._thumb.addEventListener(event, () => this.load());
     this._box = make("input", { type: "checkbox", "aria-label": t("Select $name", { name }) });
     this._box.addEventListener("click", (event) => acts.select(event));
     this.text = make("textarea", { "aria-label": t("Caption of $name", { name }), spellcheck: "false" });
@@ -59,9 +61,10 @@ export class Tile {
     for (const part of parts) part.tabIndex = isCurrent ? 0 : -1;
   }
 
-  // Load the thumbnail; a tile that was only scrolled past loads none. An unreadable picture has none.
-  load() {
-    if (this.picture.mark) mark(this._image, "src", this._acts.url());
+  // Load the thumbnail, and play a clip; a tile that was only scrolled past loads none. An unreadable picture has none.
+  load(isPlaying = false) {
+    const { mark: state, frames } = this.picture;
+    if (state) mark(this._image, "src", this._acts.url(isPlaying && Boolean(frames)));
   }
 
   remove() {

@@ -8,7 +8,8 @@ GET  /graft/dataset?folder=F&trigger=T&resolution=N&upscale=0|1&masks=&mask_fold
 GET  /graft/dataset/alike?...      as above: pairs of pictures that look alike; decodes new pictures, which takes time
 GET  /graft/dataset/losses?folder=F   the loss of its pictures in the last run on it
 GET  /graft/dataset/folders        the folders that the node can name, and those that take uploads
-GET  /graft/dataset/thumbnail?folder=F&name=N&mark=M   WebP, at most 256 pixels a side; M makes the address unique
+GET  /graft/dataset/thumbnail?folder=F&name=N&mark=M   WebP, at most 256 pixels a side; M makes the address unique,
+                                                        &moving=1 gives the first seconds of a clip
 GET  /graft/dataset/picture?folder=F&name=N&mark=M     JPEG, full size, upright
 GET  /graft/dataset/mask?folder=F&name=N&masks=&mask_folder=   PNG of one channel: white is learned
 POST /graft/dataset/captions       {folder, edits: [{name, text, was}]}
@@ -39,7 +40,7 @@ from aiohttp import web
 
 from ....trainers.curation import caption_edits, picture_edits, thumbnails, uploads
 from ....trainers.curation.caption_edits import CaptionEdit
-from ....trainers.curation.folder import one_picture
+from ....trainers.curation.folder import one_clip, one_picture
 from ....trainers.curation.page import PageOptions, find_alike, read_mask, read_page
 from ....trainers.data.pairs import WORSE_FOLDER
 from ....trainers.data.scan import MASKS, ScanOptions
@@ -195,6 +196,8 @@ async def _send_picture(decoding: asyncio.Semaphore, work: Callable, request: we
 
 
 def _thumbnail(query) -> tuple[bytes, str]:
+    if query.get("moving"):
+        return thumbnails.moving_thumbnail(_source(query, one_clip)), "image/webp"
     return thumbnails.thumbnail(_source(query), paths.folders().cache), "image/webp"
 
 
@@ -207,9 +210,9 @@ def _mask(query) -> tuple[bytes, str]:
     return read_mask(folder, query.get("name", ""), options.reading), "image/png"
 
 
-def _source(query):
+def _source(query, find=one_picture):
     try:
-        return one_picture(dataset_folders.dataset_path(query.get("folder", "")), query.get("name", ""))
+        return find(dataset_folders.dataset_path(query.get("folder", "")), query.get("name", ""))
     except DatasetError as error:
         raise Refusal(404, str(error)) from error
 
