@@ -22,6 +22,7 @@ from ..model import families
 from ..model.checks import check_sockets
 from ..model.lora import apply_adapter
 from ..model.text_encoder import ComfyText
+from ..model.vae import ComfyCodec
 from ..server.progress import gallery
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class CompareRequest:
         strengths: numbers separated by commas or spaces.
         files: names in ComfyUI's LoRA list, one per line; `*` and `?` are wildcards.
         cfg, resolution: 0 for the family's.
+        frames: of each clip; 1 for pictures.
         sampler_name, scheduler: "auto" for euler and the family's.
     """
 
@@ -56,6 +58,7 @@ class CompareRequest:
     scheduler: str
     resolution: int
     seed: int
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def compare(
     adapters: Mapping[str, Mapping | None],
     node: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return (grid [1, H, W, 3], pictures [N, h, w, 3] row by row), float32 in 0..1.
+    """Return (grid [T, H, W, 3], pictures [N, h, w, 3] row by row), float32 in 0..1. T is 1, or the frames of clips.
 
     Args:
         adapters: connected adapters by their label, None for an input without one.
@@ -102,11 +105,17 @@ def compare(
         given, text = model, clip
         if column.adapter is not None:
             given, text = apply_adapter(model, clip, column.open(), column.strength, column.strength)
-        drawn.append(PromptSampler(given, ComfyText(text), vae).draw(requests))
-        tick(len(drawn) * len(prompts), drawn[-1][0])
+        pictures = PromptSampler(given, ComfyText(text), vae).draw(requests)
+        drawn.append([picture if isinstance(picture, list) else [picture] for picture in pictures])
+        tick(len(drawn) * len(prompts), drawn[-1][0][0])
     rows = list(zip(*drawn, strict=True))
-    batch = torch.stack([torch.from_numpy(to_array(picture)) for row in rows for picture in row])
-    return torch.from_numpy(grid(prompts, [column.label for column in columns], rows))[None], batch
+    batch = [torch.from_numpy(to_array(frame)) for row in rows for clip in row for frame in clip]
+    labels = [column.label for column in columns]
+    sheets = [
+        torch.from_numpy(grid(prompts, labels, [[clip[number] for clip in row] for row in rows]))
+        for number in range(len(rows[0][0]))
+    ]
+    return torch.stack(sheets), torch.stack(batch)
 
 
 def _check_count(prompts: int, columns: int) -> None:
@@ -127,10 +136,23 @@ def _picture_requests(
     cfg, sampler_name, scheduler = families.drawing(family, request.cfg, request.sampler_name, request.scheduler)
     size = (geometry.side, geometry.side)
     drawing = (size, request.steps, cfg, sampler_name, scheduler)
+    frames = _snapped_frames(model, vae, request.frames)
     return [
-        PictureRequest(prompt, *drawing, (request.seed + index) % 2**64, request.negative)
+        PictureRequest(prompt, *drawing, (request.seed + index) % 2**64, request.negative, frames=frames)
         for index, prompt in enumerate(prompts)
     ]
+
+
+def _snapped_frames(model: ModelPatcher, vae: VAE, frames: int) -> int:
+    """Return the largest number of frames that the VAE takes. Raise SettingsError for clips of a model of stills."""
+    if frames == 1:
+        return 1
+    snapped = ComfyCodec(vae).snap_frames(frames) if families.takes_clips(model) else 0
+    if not snapped:
+        raise SettingsError(
+            f"frames is {frames}, but this model or its VAE makes stills.", "Set frames to 1.", "frames"
+        )
+    return snapped
 
 
 def columns_of(request: CompareRequest, adapters: Mapping[str, Mapping | None]) -> list[Column]:
