@@ -10,6 +10,7 @@ Titles, names and types come from ComfyUI's own list of nodes.
 import argparse
 import sys
 import tempfile
+from collections import defaultdict
 from html import escape
 from pathlib import Path
 
@@ -214,29 +215,44 @@ def height_of(box):
 
 
 def draw(columns, schemas):
-    """Return a picture as SVG text."""
+    """Return a picture as SVG text: one path for all wires of a color, one for their ends, one for all title bars."""
     boxes, links = lay_out(columns, schemas)
     width = max(left + wide for left, _, wide, *_ in boxes.values())
     height = max(box[1] + height_of(box) for box in boxes.values())
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-6 -6 {width + 12} {height + 12}" width="{width + 12}" '
-        f'font-family="sans-serif" font-size="12" fill="{TEXT}">'
-    ]
-    dots = []
+    wires, dots = defaultdict(str), defaultdict(dict)
     for source, slot, target, input, type in links:
         start, stop = boxes[source], boxes[target]
         x1, y1 = start[0] + start[2], row_of(start, list(start[5]).index(slot))
         x2, y2 = stop[0], row_of(stop, stop[4].index(input))
-        bend = (x2 - x1) // 2
+        bend, x, y = (x2 - x1) // 2, x2 - x1, y2 - y1
         color = TYPES.get(type, USUAL_TYPE)
-        parts.append(
-            f'<path d="M{x1} {y1}c{bend} 0 {bend} {y2 - y1} {x2 - x1} {y2 - y1}" fill="none" stroke="{color}" '
-            'stroke-width="2.5"/>'
-        )
-        dots += [f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"/>' for x, y in ((x1, y1), (x2, y2))]
-    # As in the page, wires pass behind nodes.
-    parts += [*map(draw_box, boxes.values()), *dots]
-    return "\n".join([*parts, "</svg>\n"])
+        wires[color] += f"M{x1} {y1}" + (f"c{bend} 0 {bend} {y} {x} {y}" if y else f"h{x}")
+        # A path of no length with round ends is a dot. An output with several wires has one.
+        dots[color] |= {f"M{x1} {y1}h0": None, f"M{x2} {y2}h0": None}
+    bars = "".join(
+        f"M{left} {top + TITLE}v-{TITLE - 6}q0-6 6-6h{width - 12}q6 0 6 6v{TITLE - 6}"
+        for left, top, width, *_ in boxes.values()
+    )
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-6 -6 {width + 12} {height + 12}" width="{width + 12}" '
+        f'font-family="sans-serif" font-size="12" fill="{TEXT}">',
+        # As in the page, wires pass behind nodes.
+        '<g fill="none" stroke-width="2.5">',
+        *(f'<path stroke="{color}" d="{wire}"/>' for color, wire in wires.items()),
+        f'</g><g fill="{BODY}">',
+        *(
+            f'<rect x="{box[0]}" y="{box[1]}" width="{box[2]}" height="{height_of(box)}" rx="6"/>'
+            for box in boxes.values()
+        ),
+        f'</g><path fill="{BAR}" d="{bars}"/>',
+        *(text for box in boxes.values() for text in draw_left(box)),
+        '<g text-anchor="end">',
+        *(text for box in boxes.values() for text in draw_right(box)),
+        '</g><g stroke-linecap="round" stroke-width="8">',
+        *(f'<path stroke="{color}" d="{"".join(ends)}"/>' for color, ends in dots.items()),
+        "</g></svg>\n",
+    ]
+    return "\n".join(lines)
 
 
 def row_of(box, index):
@@ -244,20 +260,18 @@ def row_of(box, index):
     return box[1] + TITLE + index * ROW + 11
 
 
-def draw_box(box):
-    left, top, width, title, inputs, outputs = box
-    lines = [
-        f'<rect x="{left}" y="{top}" width="{width}" height="{height_of(box)}" rx="6" fill="{BODY}"/>'
-        f'<path d="M{left} {top + TITLE}v-{TITLE - 6}q0-6 6-6h{width - 12}q6 0 6 6v{TITLE - 6}z" fill="{BAR}"/>'
-        f'<text x="{left + EDGE}" y="{top + 16}">{escape(title)}</text>'
-    ]
-    for index, name in enumerate(inputs):
-        lines.append(f'<text x="{left + EDGE}" y="{row_of(box, index) + 4}">{escape(name)}</text>')
-    for index, name in enumerate(outputs.values()):
-        lines.append(
-            f'<text x="{left + width - EDGE}" y="{row_of(box, index) + 4}" text-anchor="end">{escape(name)}</text>'
-        )
-    return "\n".join(lines)
+def draw_left(box):
+    """Return the texts at the left of a box: title and inputs."""
+    left, top, _, title, inputs, _ = box
+    rows = [(top + 16, title), *((row_of(box, index) + 4, name) for index, name in enumerate(inputs))]
+    return [f'<text x="{left + EDGE}" y="{y}">{escape(text)}</text>' for y, text in rows]
+
+
+def draw_right(box):
+    """Return the texts at the right of a box: outputs."""
+    left, _, width, _, _, outputs = box
+    rows = ((row_of(box, index) + 4, name) for index, name in enumerate(outputs.values()))
+    return [f'<text x="{left + width - EDGE}" y="{y}">{escape(text)}</text>' for y, text in rows]
 
 
 def main():
