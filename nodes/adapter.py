@@ -8,6 +8,7 @@ from ..trainers.formats.adapter import FORMATS, save_adapter
 from ..trainers.formats.embedding import first_embedding
 from ..trainers.methods.patterns import Pairs
 from ..trainers.recipe.parsing import parse_pairs
+from . import inputs
 from .checks import checked
 from .dataset import eight_bits
 from .host import paths
@@ -58,13 +59,12 @@ class GraftApplyAdapter(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The text encoder, if the adapter has a part for it."),
                 advanced(
-                    io.String.Input(
+                    inputs.text(
                         "block_strengths",
-                        multiline=True,
-                        default="",
-                        optional=True,
-                        tooltip="pattern=strength, one per line, such as middle_block=0.5. Multiplies the strength of "
+                        "pattern=strength, one per line, such as middle_block=0.5. Multiplies the strength of "
                         "layers whose path contains the pattern. The first match counts.",
+                        multiline=True,
+                        optional=True,
                     )
                 ),
                 _percent(
@@ -80,7 +80,6 @@ class GraftApplyAdapter(io.ComfyNode):
                 io.Model.Output("model_out", display_name="model"),
                 io.Clip.Output("clip_out", display_name="clip"),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(
@@ -134,7 +133,6 @@ class GraftLoadAdapter(io.ComfyNode):
                 Adapter.Output("adapter", display_name="adapter"),
                 Embedding.Output("embedding", display_name="embedding"),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(adapter_name=paths.adapter_path)
@@ -165,12 +163,11 @@ class GraftSaveAdapter(io.ComfyNode):
             description="Writes an adapter below output/loras, where ComfyUI's LoRA loaders find it.",
             inputs=[
                 Adapter.Input("adapter", tooltip="From a training node."),
-                io.String.Input("filename_prefix", default="graft", tooltip="File name, or subfolder/name."),
-                io.Combo.Input(
+                inputs.text("filename_prefix", "File name, or subfolder/name.", default="graft"),
+                inputs.choice(
                     "format",
-                    options=list(FORMATS),
-                    default="kohya",
-                    tooltip="kohya: read by nearly everything. diffusers and peft: for those libraries. LyCORIS: for "
+                    FORMATS,
+                    "kohya: read by nearly everything. diffusers and peft: for those libraries. LyCORIS: for "
                     "DoRA, LoHa and LoKr outside ComfyUI.",
                 ),
                 advanced(
@@ -185,7 +182,6 @@ class GraftSaveAdapter(io.ComfyNode):
                 io.Image.Input("preview", optional=True, tooltip="Picture to save beside it, as NAME.preview.png."),
             ],
             outputs=[io.String.Output("path", display_name="path")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 

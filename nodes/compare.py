@@ -27,20 +27,15 @@ class GraftCompare(io.ComfyNode):
             "strengths, as one labeled picture. All pictures of a row start from the same noise.",
             inputs=[
                 *inputs.base("The model, without the adapters that you compare."),
-                io.String.Input(
-                    "prompts", default="", multiline=True, tooltip="One prompt per line. Each gives a row of pictures."
+                inputs.text("prompts", "One prompt per line. Each gives a row of pictures.", multiline=True),
+                inputs.text(
+                    "strengths", "Numbers separated by commas. 0 is the unchanged model, drawn once.", default="0, 1"
                 ),
-                io.String.Input(
-                    "strengths",
-                    default="0, 1",
-                    tooltip="Numbers separated by commas. 0 is the unchanged model, drawn once.",
-                ),
-                io.String.Input(
+                inputs.text(
                     "files",
-                    default="",
-                    multiline=True,
-                    tooltip="LoRA files as Graft Load Adapter lists them, one per line. * matches anything: "
+                    "LoRA files as Graft Load Adapter lists them, one per line. * matches anything: "
                     "my_run-1a2b3c4d/* means all saves of that run.",
+                    multiline=True,
                 ),
                 inputs.negative_prompt(),
                 inputs.sampling_steps(20),
@@ -63,7 +58,6 @@ class GraftCompare(io.ComfyNode):
                 io.Image.Output("image", display_name="image"),
                 io.Image.Output("pictures", display_name="pictures"),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 

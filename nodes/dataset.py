@@ -24,28 +24,13 @@ if TYPE_CHECKING:
 _CATEGORY = f"{CATEGORY}/dataset"
 
 
-def resolution_input() -> io.Int.Input:
-    return inputs.resolution(
-        "Side in pixels of a square; pictures are scaled to its area. 0: the model's own resolution."
-    )
-
-
-def trigger_input() -> io.String.Input:
-    return io.String.Input(
-        "trigger",
-        default="",
-        tooltip="The word that calls up the learned subject. Captions that do not contain it get it in front.",
-    )
-
-
 def _control_folder_input(name: str, ordinal: str) -> io.String.Input:
     return advanced(
-        io.String.Input(
+        inputs.text(
             name,
-            default="",
-            optional=True,
-            tooltip=f"For models that take several source pictures: the folder of the {ordinal} source pictures, like "
+            f"For models that take several source pictures: the folder of the {ordinal} source pictures, like "
             "control_folder. A picture may lack one.",
+            optional=True,
         )
     )
 
@@ -76,44 +61,40 @@ class GraftLoadDataset(io.ComfyNode):
                     tooltip="A folder below ComfyUI's input folder, below a 'datasets' entry of "
                     "extra_model_paths.yaml, or below a folder that ComfyUI's settings allow.",
                 ),
-                trigger_input(),
-                resolution_input(),
+                inputs.trigger(),
+                inputs.dataset_resolution(),
                 io.Int.Input(
                     "repeats", default=1, min=1, max=10000, tooltip="Number of times that an epoch visits each picture."
                 ),
                 *variation.widgets(),
-                io.Combo.Input(
+                inputs.choice(
                     "masks",
-                    options=list(scan.MASKS),
-                    default=scan.MASKS[0],
-                    optional=True,
-                    tooltip="auto: mask files (name-masklabel.png or masks/name.png), if there are any. alpha: these, "
+                    scan.MASKS,
+                    "auto: mask files (name-masklabel.png or masks/name.png), if there are any. alpha: these, "
                     "or else transparency. off: none.",
-                ),
-                advanced(
-                    io.String.Input(
-                        "mask_folder",
-                        default="",
-                        optional=True,
-                        tooltip="Folder of masks that are named like their pictures. Empty: the folder 'masks' inside "
-                        "the dataset's folder.",
-                    )
-                ),
-                advanced(
-                    io.String.Input(
-                        "validation_folder",
-                        default="",
-                        optional=True,
-                        tooltip="A folder inside the dataset's folder. Its pictures are not trained on: they measure "
-                        "the training.",
-                    )
-                ),
-                io.String.Input(
-                    "control_folder",
-                    default="",
                     optional=True,
-                    tooltip="For models that edit pictures: the folder of source pictures, inside the dataset's "
+                ),
+                advanced(
+                    inputs.text(
+                        "mask_folder",
+                        "Folder of masks that are named like their pictures. Empty: the folder 'masks' inside "
+                        "the dataset's folder.",
+                        optional=True,
+                    )
+                ),
+                advanced(
+                    inputs.text(
+                        "validation_folder",
+                        "A folder inside the dataset's folder. Its pictures are not trained on: they measure "
+                        "the training.",
+                        optional=True,
+                    )
+                ),
+                inputs.text(
+                    "control_folder",
+                    "For models that edit pictures: the folder of source pictures, inside the dataset's "
                     "folder or elsewhere. Each has the name of its result picture.",
+                    optional=True,
                 ),
                 _control_folder_input("control_folder_2", "second"),
                 _control_folder_input("control_folder_3", "third"),
@@ -126,12 +107,11 @@ class GraftLoadDataset(io.ComfyNode):
                     )
                 ),
                 advanced(
-                    io.String.Input(
+                    inputs.text(
                         "worse_folder",
-                        default="",
-                        optional=True,
-                        tooltip="For Graft Train Preference: the folder of worse pictures, inside the dataset's folder "
+                        "For Graft Train Preference: the folder of worse pictures, inside the dataset's folder "
                         "or elsewhere. Each has the name of its better picture.",
+                        optional=True,
                     )
                 ),
                 io.Int.Input(
@@ -151,17 +131,15 @@ class GraftLoadDataset(io.ComfyNode):
                     optional=True,
                     tooltip="Frames per second that the model was made for. 0: all frames of each file.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "clips",
-                    options=list(PIECES),
-                    default=PIECES[0],
-                    optional=True,
-                    tooltip="first: the first frames. uniform: four clips at even distances. random: four random ones "
+                    PIECES,
+                    "first: the first frames. uniform: four clips at even distances. random: four random ones "
                     "take turns. whole: all frames, in clips one after another.",
+                    optional=True,
                 ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(
@@ -263,16 +241,11 @@ class GraftDatasetFromImages(io.ComfyNode):
             description="Makes a dataset from pictures in the graph, with one caption for all or one for each.",
             is_input_list=True,
             inputs=[
-                io.Image.Input("images", tooltip="Pictures, as a batch or a list."),
-                io.String.Input(
-                    "captions",
-                    multiline=True,
-                    default="",
-                    tooltip="One caption for all pictures, or a list with one for each.",
-                ),
-                trigger_input(),
-                resolution_input(),
-                io.Mask.Input("masks", optional=True, tooltip="Masks: white is learned, black is not."),
+                inputs.images(),
+                inputs.captions(),
+                inputs.trigger(),
+                inputs.dataset_resolution(),
+                inputs.masks(),
                 *variation.widgets(),
                 io.Image.Input(
                     "control_images",
@@ -300,7 +273,6 @@ class GraftDatasetFromImages(io.ComfyNode):
                 ),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(captions=None, trigger=None, **variation.CHECKED)
@@ -384,7 +356,6 @@ class GraftCombineDatasets(io.ComfyNode):
                 Dataset.Input("dataset_b", tooltip="The second dataset."),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -418,11 +389,10 @@ class GraftInspectDataset(io.ComfyNode):
                     optional=True,
                     tooltip="From a training node: shows which pictures it found hard, and which it has memorized.",
                 ),
-                io.String.Input(
+                inputs.text(
                     "run",
-                    default="",
+                    "The same for a run on disk: the name of its folder in output/graft. Empty: none.",
                     optional=True,
-                    tooltip="The same for a run on disk: the name of its folder in output/graft. Empty: none.",
                 ),
             ],
             outputs=[
@@ -430,7 +400,6 @@ class GraftInspectDataset(io.ComfyNode):
                 io.String.Output("report", display_name="report"),
                 Dataset.Output("dataset_out", display_name="dataset"),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..trainers.data import class_images, prior
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, Trainer, advanced, describe, named, options_input, usually
+from .schema import CATEGORY, Dataset, Trainer, advanced, describe, named, options_input
 
 _DATASET = f"{CATEGORY}/dataset"
 _TRAIN = f"{CATEGORY}/train"
@@ -39,12 +39,11 @@ class GraftClassImages(io.ComfyNode):
             "on disk. Queued again, the node draws only missing pictures.",
             inputs=[
                 *inputs.base("The model that you will train. It draws what it knows of the class."),
-                io.String.Input(
+                inputs.text(
                     "class_prompt",
-                    default="",
-                    multiline=True,
-                    tooltip="The class without the subject's rare word, such as a photo of a dog. It is also the "
+                    "The class without the subject's rare word, such as a photo of a dog. It is also the "
                     "pictures' caption.",
+                    multiline=True,
                 ),
                 io.Int.Input("count", default=200, min=1, max=100_000, tooltip="Number of pictures in total."),
                 inputs.sampling_steps(class_images.STEPS),
@@ -65,7 +64,6 @@ class GraftClassImages(io.ComfyNode):
                 Dataset.Output("dataset", display_name="dataset"),
                 io.Image.Output("image", display_name="image"),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -133,7 +131,6 @@ class GraftPriorPreservation(io.ComfyNode):
                 _prior_weight("weight"),
             ],
             outputs=[Dataset.Output("dataset_out", display_name="dataset")],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(weight=None)
@@ -160,16 +157,13 @@ class GraftTrainDreamBooth(Trainer):
             inputs=[
                 *inputs.base("The model to train on. LoRAs applied before it count as part of it."),
                 Dataset.Input("dataset", tooltip="The subject's images. Images that have captions keep them."),
-                io.String.Input(
+                inputs.text(
                     "instance_prompt",
-                    default="",
-                    tooltip="Caption of images without one: a rare word and the class, such as a photo of sks dog.",
+                    "Caption of images without one: a rare word and the class, such as a photo of sks dog.",
                 ),
-                io.String.Input(
+                inputs.text(
                     "class_prompt",
-                    default="",
-                    tooltip="The class without the rare word, such as a photo of a dog. Class images are drawn from "
-                    "it.",
+                    "The class without the rare word, such as a photo of a dog. Class images are drawn from it.",
                 ),
                 io.Int.Input(
                     "class_images",
@@ -180,19 +174,15 @@ class GraftTrainDreamBooth(Trainer):
                     "preserved.",
                 ),
                 _prior_weight("prior_weight"),
-                io.Combo.Input(
+                inputs.choice(
                     "train",
-                    options=["LoRA", "all weights"],
-                    default="LoRA",
-                    tooltip="LoRA: a small difference on the attention layers. all weights: the whole model.",
+                    ["LoRA", "all weights"],
+                    "LoRA: a small difference on the attention layers. all weights: the whole model.",
                 ),
                 inputs.steps(800),
-                usually(
-                    inputs.learning_rate(
-                        "0: the default of the model's family (SD1.5: 1e-4 for a LoRA, 5e-6 for all weights)."
-                    ),
+                inputs.learning_rate(
+                    "0: the default of the model's family (SD1.5: 1e-4 for a LoRA, 5e-6 for all weights).",
                     "1e-4",
-                    optimizer="auto",
                     train="LoRA",
                 ),
                 inputs.rank(),
@@ -203,19 +193,17 @@ class GraftTrainDreamBooth(Trainer):
                 ),
                 options_input(),
                 advanced(
-                    io.Combo.Input(
+                    inputs.choice(
                         "prior",
-                        options=list(prior.PRIORS),
-                        default=prior.PRIORS[0],
-                        optional=True,
-                        tooltip="How to preserve the class. differential: no class images; the loss holds the model "
+                        prior.PRIORS,
+                        "How to preserve the class. differential: no class images; the loss holds the model "
                         "to its predictions for class_prompt before training. A step takes about twice as long.",
+                        optional=True,
                     )
                 ),
                 inputs.start_adapter(),
             ],
             outputs=inputs.trained(),
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainers.methods.textual_inversion import check_name
+from . import inputs
 from .checks import checked
 from .host import paths
 from .schema import CATEGORY, Embedding, describe, named
@@ -30,7 +31,6 @@ class GraftApplyEmbedding(io.ComfyNode):
                 Embedding.Input("embedding", tooltip="From a training or loading node."),
             ],
             outputs=[io.Clip.Output("clip_out", display_name="clip")],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -58,7 +58,6 @@ class GraftLoadEmbedding(io.ComfyNode):
                 ),
             ],
             outputs=[Embedding.Output("embedding", display_name="embedding")],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(embedding_name=paths.embedding_path)
@@ -87,12 +86,9 @@ class GraftSaveEmbedding(io.ComfyNode):
             description="Writes an embedding below output/embeddings, where every prompt finds it as embedding:NAME.",
             inputs=[
                 Embedding.Input("embedding", tooltip="From a training node."),
-                io.String.Input(
-                    "name", default="", tooltip="Its name in prompts. Empty: the name it was trained with."
-                ),
+                inputs.text("name", "Its name in prompts. Empty: the name it was trained with."),
             ],
             outputs=[io.String.Output("path", display_name="path")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from comfy_api.latest import io
 
 from .host.model.sampling import SAMPLERS, SCHEDULERS
-from .schema import Adapter, LossMap
+from .schema import Adapter, LossMap, usually
 
 TOP_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -23,6 +25,21 @@ def base(model: str) -> list:
     ]
 
 
+def text(
+    name: str, tooltip: str, default: str = "", multiline: bool = False, optional: bool = False
+) -> io.String.Input:
+    """Return an input for a text."""
+    return io.String.Input(name, default=default, multiline=multiline, optional=optional, tooltip=tooltip)
+
+
+def choice(
+    name: str, options: Iterable[str], tooltip: str, default: str = "", optional: bool = False
+) -> io.Combo.Input:
+    """Return an input for one of the options, with the first as default unless another is given."""
+    options = list(options)
+    return io.Combo.Input(name, options=options, default=default or options[0], optional=optional, tooltip=tooltip)
+
+
 def steps(default: int = 1000) -> io.Int.Input:
     """Return the input for the number of optimizer steps."""
     return io.Int.Input(
@@ -34,9 +51,14 @@ def steps(default: int = 1000) -> io.Int.Input:
     )
 
 
-def learning_rate(tooltip: str) -> io.Float.Input:
-    """Return the input for the learning rate. 0 stands for a default, which the tooltip names."""
-    return io.Float.Input("learning_rate", default=0.0, min=0.0, max=10.0, step=0.0000001, round=False, tooltip=tooltip)
+def learning_rate(tooltip: str, usual: str = "", **when: str) -> io.Float.Input:
+    """Return the input for the learning rate. 0 stands for a default, which the tooltip names.
+
+    Args:
+        usual: the default with optimizer "auto" and the widget values in `when`, as in `usually`. Empty: it varies.
+    """
+    rate = io.Float.Input("learning_rate", default=0.0, min=0.0, max=10.0, step=0.0000001, round=False, tooltip=tooltip)
+    return usually(rate, usual, optimizer="auto", **when) if usual else rate
 
 
 def rank() -> io.Int.Input:
@@ -78,6 +100,34 @@ def resolution(tooltip: str) -> io.Int.Input:
     return io.Int.Input("resolution", default=0, min=0, max=8192, step=8, tooltip=tooltip)
 
 
+def dataset_resolution() -> io.Int.Input:
+    """Return the input for the resolution of a dataset."""
+    return resolution("Side in pixels of a square; pictures are scaled to its area. 0: the model's own resolution.")
+
+
+def trigger() -> io.String.Input:
+    """Return the input for the trigger of a dataset."""
+    return text(
+        "trigger",
+        "The word that calls up the learned subject. Captions that do not contain it get it in front.",
+    )
+
+
+def images() -> io.Image.Input:
+    """Return the input for the pictures that become a dataset."""
+    return io.Image.Input("images", tooltip="Pictures, as a batch or a list.")
+
+
+def captions() -> io.String.Input:
+    """Return the input for their captions."""
+    return text("captions", "One caption for all pictures, or a list with one for each.", multiline=True)
+
+
+def masks() -> io.Mask.Input:
+    """Return the optional input for their masks."""
+    return io.Mask.Input("masks", optional=True, tooltip="Masks: white is learned, black is not.")
+
+
 def sampling_steps(default: int) -> io.Int.Input:
     """Return the input for the number of sampling steps."""
     return io.Int.Input("steps", default=default, min=1, max=1000, tooltip="Sampling steps.")
@@ -92,21 +142,14 @@ def cfg() -> io.Float.Input:
 
 def negative_prompt() -> io.String.Input:
     """Return the input for the negative prompt."""
-    return io.String.Input(
-        "negative_prompt", default="", multiline=True, tooltip="Text that the pictures should avoid."
-    )
+    return text("negative_prompt", "Text that the pictures should avoid.", multiline=True)
 
 
 def sampler() -> list:
     """Return the inputs for sampler and scheduler. "auto" stands for the default of the model's family."""
     return [
-        io.Combo.Input("sampler_name", options=["auto", *SAMPLERS], default="auto", tooltip="auto: euler."),
-        io.Combo.Input(
-            "scheduler",
-            options=["auto", *SCHEDULERS],
-            default="auto",
-            tooltip="auto: the default of the model's family.",
-        ),
+        choice("sampler_name", ["auto", *SAMPLERS], "auto: euler."),
+        choice("scheduler", ["auto", *SCHEDULERS], "auto: the default of the model's family."),
     ]
 
 

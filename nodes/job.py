@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, advanced, describe, named, options_input, usually
+from .schema import CATEGORY, Dataset, advanced, describe, named, options_input
 
 
 class GraftExportJob(io.ComfyNode):
@@ -26,24 +26,20 @@ class GraftExportJob(io.ComfyNode):
                 *inputs.base("The model to train on. Only ComfyUI's own nodes may load and change it."),
                 Dataset.Input("dataset", tooltip="Pictures and captions."),
                 inputs.steps(),
-                usually(
-                    inputs.learning_rate(
-                        "0: the default of the model's family. If it is too high, pictures look burnt."
-                    ),
+                inputs.learning_rate(
+                    "0: the default of the model's family. If it is too high, pictures look burnt.",
                     "1e-4",
-                    optimizer="auto",
                     train="LoRA",
                 ),
                 inputs.rank(),
                 inputs.batch_size(tooltip="Pictures per step, over all processes together."),
                 inputs.seed(),
                 options_input(),
-                io.Combo.Input(
+                inputs.choice(
                     "train",
-                    options=["LoRA", "all weights"],
-                    default="LoRA",
+                    ["LoRA", "all weights"],
+                    "Train a LoRA, or all weights of the model. rank has no effect on all weights.",
                     optional=True,
-                    tooltip="Train a LoRA, or all weights of the model. rank has no effect on all weights.",
                 ),
                 inputs.start_adapter(),
                 advanced(
@@ -58,7 +54,6 @@ class GraftExportJob(io.ComfyNode):
                 ),
             ],
             outputs=[io.String.Output("path", display_name="path")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 

@@ -85,5 +85,4 @@ def option_schema(
         description=description,
         inputs=[*inputs, options_input(), *(_later(built) for built in later)],
         outputs=[Options.Output("options_out", display_name="options")],
-        hidden=[io.Hidden.unique_id],
     )

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, Trainer, describe, named, options_input, usually
+from .schema import CATEGORY, Dataset, Trainer, describe, named, options_input
 
 
 class GraftTrainPreference(Trainer):
@@ -35,27 +35,22 @@ class GraftTrainPreference(Trainer):
                     "SDXL.",
                 ),
                 inputs.steps(),
-                usually(
-                    inputs.learning_rate("0: a tenth of the usual one of the model's family (1e-5 for a LoRA)."),
-                    "1e-5",
-                    optimizer="auto",
-                    train="LoRA",
+                inputs.learning_rate(
+                    "0: a tenth of the usual one of the model's family (1e-5 for a LoRA).", "1e-5", train="LoRA"
                 ),
                 inputs.rank(),
                 inputs.batch_size(tooltip="Pairs per step."),
                 inputs.seed(),
                 options_input(),
                 inputs.start_adapter(),
-                io.Combo.Input(
+                inputs.choice(
                     "train",
-                    options=["LoRA", "all weights"],
-                    default="LoRA",
+                    ["LoRA", "all weights"],
+                    "Train a LoRA, or all weights of the model. rank has no effect on all weights.",
                     optional=True,
-                    tooltip="Train a LoRA, or all weights of the model. rank has no effect on all weights.",
                 ),
             ],
             outputs=inputs.trained(),
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 

@@ -9,8 +9,9 @@ from comfy_api.latest import io
 
 from ..trainers.curation import captioning, save_dataset
 from ..trainers.data import arrays, scan
+from . import inputs
 from .checks import checked
-from .dataset import eight_bits, resolution_input, trigger_input
+from .dataset import eight_bits
 from .host import dataset_folders, paths
 from .schema import CATEGORY, Dataset, describe, execution_id, named
 
@@ -33,27 +34,20 @@ class GraftSaveDataset(io.ComfyNode):
             is_input_list=True,
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="Pictures, as a batch or a list."),
-                io.String.Input(
-                    "captions",
-                    multiline=True,
-                    default="",
-                    tooltip="One caption for all pictures, or a list with one for each.",
-                ),
-                io.String.Input("folder", default="my_dataset", tooltip="Folder below input, or subfolders a/b."),
-                io.Combo.Input(
+                inputs.images(),
+                inputs.captions(),
+                inputs.text("folder", "Folder below input, or subfolders a/b.", default="my_dataset"),
+                inputs.choice(
                     "existing",
-                    options=list(save_dataset.EXISTING),
-                    default=save_dataset.EXISTING[0],
-                    tooltip="For pictures whose number the folder holds. keep: leave its files. replace: write them "
+                    save_dataset.EXISTING,
+                    "For pictures whose number the folder holds. keep: leave its files. replace: write them "
                     "again. add: give new pictures the next numbers.",
                 ),
-                trigger_input(),
-                resolution_input(),
-                io.Mask.Input("masks", optional=True, tooltip="Masks: white is learned, black is not."),
+                inputs.trigger(),
+                inputs.dataset_resolution(),
+                inputs.masks(),
             ],
             outputs=[Dataset.Output("dataset", display_name="dataset")],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(captions=None, folder=dataset_folders.new_dataset_path, existing=None, trigger=None)
@@ -130,7 +124,6 @@ class GraftImagesFromDataset(io.ComfyNode):
                 io.String.Output("captions", display_name="captions", is_output_list=True),
                 Dataset.Output("dataset_out", display_name="dataset"),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -173,7 +166,6 @@ class GraftSaveCaptions(io.ComfyNode):
                 ),
             ],
             outputs=[Dataset.Output("dataset_out", display_name="dataset")],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(captions=None)

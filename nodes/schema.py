@@ -43,7 +43,7 @@ class Trainer(io.ComfyNode):
 
 
 def describe(aliases: list[str], words: str = "", **given) -> io.Schema:
-    """Describe a node to ComfyUI.
+    """Describe a node to ComfyUI, which tells each node its id.
 
     Args:
         aliases: other words for the node search. ComfyUI before 0.33 has no field for them.
@@ -59,7 +59,7 @@ def describe(aliases: list[str], words: str = "", **given) -> io.Schema:
         _mark_unset(built)
         if built.id in neutral_inputs(given["node_id"]):
             built.extra_dict = {**(built.extra_dict or {}), _NEUTRAL: True}
-    return io.Schema(**given)
+    return io.Schema(hidden=[io.Hidden.unique_id], **given)
 
 
 def usually(built, usual: str, **when: str):

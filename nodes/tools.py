@@ -69,13 +69,13 @@ class GraftMergeAdapters(io.ComfyNode):
                 Adapter.Input("adapter_b", tooltip="The second, for the same model."),
                 _weight("weight_a", "the first adapter"),
                 _weight("weight_b", "the second adapter"),
-                io.Combo.Input(
+                inputs.choice(
                     "method",
-                    options=[*merge.METHODS, merge.AVERAGE],
-                    default=merge.SUM,
-                    tooltip="weighted sum: the same as applying both. SVD: the same in the smallest rank. The others "
+                    [*merge.METHODS, merge.AVERAGE],
+                    "weighted sum: the same as applying both. SVD: the same in the smallest rank. The others "
                     "keep a part of each, so that two subjects or styles disturb each other less. average of saves: "
                     "of adapter_a's run; connect the same adapter twice.",
+                    default=merge.SUM,
                 ),
                 _rank("Maximum rank per layer of the result. 0: large enough to lose nothing."),
                 io.Float.Input(
@@ -102,7 +102,6 @@ class GraftMergeAdapters(io.ComfyNode):
                 ),
             ],
             outputs=[Adapter.Output("adapter", display_name="adapter")],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(weight_a=None, weight_b=None, method=None, density=None, average_width=None)
@@ -158,7 +157,6 @@ class GraftResizeAdapter(io.ComfyNode):
                 _clip(),
             ],
             outputs=[Adapter.Output("resized", display_name="adapter")],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(energy=None)
@@ -188,18 +186,18 @@ class GraftExtractAdapter(io.ComfyNode):
                 io.Model.Input("model_base", tooltip="The model to which you will apply the adapter."),
                 _rank("Maximum rank per layer. 0: no limit.", 32),
                 _energy(),
-                io.Combo.Input(
+                inputs.choice(
                     "conv",
-                    options=list(extract.CONV),
+                    extract.CONV,
+                    "Convolutions with a kernel: as a LoRA, as whole differences, or not at all.",
                     default=extract.LOW,
-                    tooltip="Convolutions with a kernel: as a LoRA, as whole differences, or not at all.",
                 ),
-                io.Combo.Input(
+                inputs.choice(
                     "norms_and_biases",
-                    options=list(extract.REST),
-                    default=extract.FULL,
-                    tooltip="Weights that are no matrices: as whole differences, which few programs besides ComfyUI "
+                    extract.REST,
+                    "Weights that are no matrices: as whole differences, which few programs besides ComfyUI "
                     "read, or not at all.",
+                    default=extract.FULL,
                 ),
                 io.Clip.Input("clip_tuned", optional=True, tooltip="The trained model's text encoder."),
                 io.Clip.Input("clip_base", optional=True, tooltip="The text encoder to compare it with."),
@@ -208,7 +206,6 @@ class GraftExtractAdapter(io.ComfyNode):
                 Adapter.Output("adapter", display_name="adapter"),
                 io.String.Output("report", display_name="report"),
             ],
-            hidden=[io.Hidden.unique_id],
         )
 
     validate_inputs = checked(energy=None, conv=None, norms_and_biases=None)
@@ -247,7 +244,6 @@ class GraftInspectAdapter(io.ComfyNode):
                 io.Image.Output("image", display_name="image"),
                 io.String.Output("report", display_name="report"),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -294,17 +290,15 @@ class GraftPlotLoss(io.ComfyNode):
                     "log_scale", default=False, tooltip="Logarithmic scale: equal ratios of the loss get equal heights."
                 ),
                 LossMap.Input("loss_b", optional=True, tooltip="The loss of another run."),
-                io.Combo.Input(
+                inputs.choice(
                     "plot",
-                    options=[_BY_STEP, _BY_TIMESTEP],
-                    default=_BY_STEP,
-                    optional=True,
-                    tooltip="loss: each step. loss by timestep: the mean at each noise level, early and late in "
+                    [_BY_STEP, _BY_TIMESTEP],
+                    "loss: each step. loss by timestep: the mean at each noise level, early and late in "
                     "training, without weighting.",
+                    optional=True,
                 ),
             ],
             outputs=[io.Image.Output("image", display_name="image")],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 

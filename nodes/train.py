@@ -10,7 +10,7 @@ from ..trainers.methods.textual_inversion import TEMPLATES, check_name
 from ..trainers.recipe.recipe import EmbeddingSpec
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, describe, named, options_input, usually
+from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, describe, named, options_input
 
 _CATEGORY = f"{CATEGORY}/train"
 _AS_JOB = "as a job"
@@ -33,12 +33,8 @@ class GraftTrainLoRA(Trainer):
                 *inputs.base("The model to train on. LoRAs applied before it count as part of it."),
                 Dataset.Input("dataset", tooltip="Pictures and captions."),
                 inputs.steps(),
-                usually(
-                    inputs.learning_rate(
-                        "0: the default of the model's family (1e-4). If it is too high, pictures look burnt."
-                    ),
-                    "1e-4",
-                    optimizer="auto",
+                inputs.learning_rate(
+                    "0: the default of the model's family (1e-4). If it is too high, pictures look burnt.", "1e-4"
                 ),
                 inputs.rank(),
                 inputs.batch_size(),
@@ -50,7 +46,6 @@ class GraftTrainLoRA(Trainer):
                 *inputs.trained(),
                 Embedding.Output("embedding", display_name="embedding"),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -92,16 +87,15 @@ class GraftTrainEmbedding(Trainer):
                     tooltip="Pictures, with or without captions. Each caption must contain the "
                     "embedding's name or the trigger.",
                 ),
-                io.String.Input(
+                inputs.text(
                     "name",
-                    default="my-word",
-                    tooltip="Name of the embedding. Prompts write it as embedding:NAME between spaces. Choose a name "
+                    "Name of the embedding. Prompts write it as embedding:NAME between spaces. Choose a name "
                     "that does not exist yet.",
+                    default="my-word",
                 ),
-                io.String.Input(
+                inputs.text(
                     "init_text",
-                    default="",
-                    tooltip="What it shows, in a word or two, such as dog or oil painting. Training starts from there.",
+                    "What it shows, in a word or two, such as dog or oil painting. Training starts from there.",
                 ),
                 io.Int.Input(
                     "vectors",
@@ -112,22 +106,17 @@ class GraftTrainEmbedding(Trainer):
                     "need more pictures.",
                 ),
                 inputs.steps(),
-                usually(
-                    inputs.learning_rate(
-                        "0: the default, 5e-4. If it is too high, pictures become noise or a single color."
-                    ),
-                    "5e-4",
-                    optimizer="auto",
+                inputs.learning_rate(
+                    "0: the default, 5e-4. If it is too high, pictures become noise or a single color.", "5e-4"
                 ),
                 inputs.batch_size(),
                 inputs.seed("Determines the order of the pictures and the noise. Another seed makes another run."),
                 options_input(),
-                io.Combo.Input(
+                inputs.choice(
                     "templates",
-                    options=list(TEMPLATES),
-                    default="object",
+                    TEMPLATES,
+                    "Captions for pictures without one. object: a photo of it; style: something in its style.",
                     optional=True,
-                    tooltip="Captions for pictures without one. object: a photo of it; style: something in its style.",
                 ),
                 Embedding.Input(
                     "embedding",
@@ -140,7 +129,6 @@ class GraftTrainEmbedding(Trainer):
                 Embedding.Output("trained_embedding", display_name="embedding"),
                 LossMap.Output("loss", display_name="loss"),
             ],
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -204,7 +192,6 @@ class GraftFineTune(Trainer):
                 inputs.start_adapter(),
             ],
             outputs=inputs.trained(),
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 
@@ -238,29 +225,25 @@ class GraftTrainSlider(Trainer):
             "at negative ones. It needs no pictures. Queued again, it resumes, or returns the finished run.",
             inputs=[
                 *inputs.base("The model to train on. LoRAs applied before it count as part of it."),
-                io.String.Input(
+                inputs.text(
                     "target",
-                    default="",
+                    "What the slider changes, such as: a person. Several lines make several rows of prompts.",
                     multiline=True,
-                    tooltip="What the slider changes, such as: a person. Several lines make several rows of prompts.",
                 ),
-                io.String.Input(
+                inputs.text(
                     "positive",
-                    default="",
+                    "Where positive strengths lead, such as: a very old person. One line for each target.",
                     multiline=True,
-                    tooltip="Where positive strengths lead, such as: a very old person. One line for each target.",
                 ),
-                io.String.Input(
+                inputs.text(
                     "negative",
-                    default="",
+                    "Where negative strengths lead, such as: a very young person. One line for each target.",
                     multiline=True,
-                    tooltip="Where negative strengths lead, such as: a very young person. One line for each target.",
                 ),
-                io.String.Input(
+                inputs.text(
                     "anchors",
-                    default="",
+                    "Prompts whose pictures must stay the same, one per line, such as: a house.",
                     multiline=True,
-                    tooltip="Prompts whose pictures must stay the same, one per line, such as: a house.",
                 ),
                 io.Float.Input(
                     "strength",
@@ -271,12 +254,8 @@ class GraftTrainSlider(Trainer):
                     tooltip="Strength at which the slider is trained, in both directions.",
                 ),
                 inputs.steps(500),
-                usually(
-                    inputs.learning_rate(
-                        "0: the default of the model's family (1e-4). If it is too high, pictures look burnt."
-                    ),
-                    "1e-4",
-                    optimizer="auto",
+                inputs.learning_rate(
+                    "0: the default of the model's family (1e-4). If it is too high, pictures look burnt.", "1e-4"
                 ),
                 inputs.rank(),
                 inputs.seed("Determines the start, the noise and the anchors. Another seed makes another run."),
@@ -288,17 +267,15 @@ class GraftTrainSlider(Trainer):
                 ),
                 options_input(),
                 inputs.resolution("Side in pixels. 0: the model's own resolution."),
-                io.Combo.Input(
+                inputs.choice(
                     "run",
-                    options=["here", _AS_JOB],
-                    default="here",
-                    optional=True,
-                    tooltip="as a job: writes a folder for several GPUs or machines, as Graft Export Job does, and "
+                    ["here", _AS_JOB],
+                    "as a job: writes a folder for several GPUs or machines, as Graft Export Job does, and "
                     "trains nothing.",
+                    optional=True,
                 ),
             ],
             outputs=inputs.trained(),
-            hidden=[io.Hidden.unique_id],
             is_output_node=True,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..trainers.data.examples import Augmentation, read_resolutions
+from . import inputs
 from .schema import advanced
 
 
@@ -48,12 +49,10 @@ def widgets() -> list:
         ),
         advanced(_switch("upscale", "Enlarges small pictures to the resolution. Off: they train at their own size.")),
         advanced(
-            io.String.Input(
+            inputs.text(
                 "more_resolutions",
-                default="",
+                "Further resolutions, such as 512, 768. A picture trains at each one that it is large enough for.",
                 optional=True,
-                tooltip="Further resolutions, such as 512, 768. A picture trains at each one that it is large enough "
-                "for.",
             )
         ),
         advanced(_fraction("mask_minimum", "Smallest weight in the loss where a mask is black. Typical: 0 to 0.1.")),
