@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import adapter, compare, dataset, dreambooth, embedding, job, options, preference, save, tools, train
+from . import adapter, class_images, dataset, options, save, tools, train
 from .checks import find_faults
 from .host import paths
 from .host.server import routes, validation
@@ -12,14 +12,10 @@ from .host.server import routes, validation
 NODES = [
     *dataset.NODES,
     *save.NODES,
+    *class_images.NODES,
     *train.NODES,
-    *dreambooth.NODES,
-    *preference.NODES,
-    *job.NODES,
     *adapter.NODES,
     *tools.NODES,
-    *compare.NODES,
-    *embedding.NODES,
     *options.NODES,
 ]
 

@@ -128,6 +128,18 @@ def masks() -> io.Mask.Input:
     return io.Mask.Input("masks", optional=True, tooltip="Masks: white is learned, black is not.")
 
 
+def prior_weight(name: str) -> io.Float.Input:
+    """Return the input for the weight of the class in the loss."""
+    return io.Float.Input(
+        name,
+        default=1.0,
+        min=0.0,
+        max=100.0,
+        step=0.01,
+        tooltip="Weight of the class in the loss; the subject counts 1. 0: the class is not preserved.",
+    )
+
+
 def sampling_steps(default: int) -> io.Int.Input:
     """Return the input for the number of sampling steps."""
     return io.Int.Input("steps", default=default, min=1, max=1000, tooltip="Sampling steps.")

@@ -1,4 +1,4 @@
-"""Nodes that train."""
+"""Nodes that train, and the one that exports a training for other machines."""
 
 from __future__ import annotations
 
@@ -6,14 +6,24 @@ from dataclasses import replace
 
 from comfy_api.latest import io
 
+from ..trainers.data import prior
 from ..trainers.methods.textual_inversion import TEMPLATES, check_name
 from ..trainers.recipe.recipe import EmbeddingSpec
 from . import inputs
 from .checks import checked
-from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, describe, named, options_input
+from .schema import CATEGORY, Dataset, Embedding, LossMap, Trainer, advanced, describe, named, options_input
 
 _CATEGORY = f"{CATEGORY}/train"
 _AS_JOB = "as a job"
+
+
+def _lora_or_all() -> io.Combo.Input:
+    return inputs.choice(
+        "train",
+        ["LoRA", "all weights"],
+        "Train a LoRA, or all weights of the model. rank has no effect on all weights.",
+        optional=True,
+    )
 
 
 class GraftTrainLoRA(Trainer):
@@ -323,4 +333,273 @@ class GraftTrainSlider(Trainer):
             return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, ui=done.ui)
 
 
-NODES = [GraftTrainLoRA, GraftTrainEmbedding, GraftFineTune, GraftTrainSlider]
+class GraftTrainDreamBooth(Trainer):
+    """Node that trains a subject from a few images."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return describe(
+            node_id="GraftTrainDreamBooth",
+            display_name="Graft Train DreamBooth",
+            words="Training",
+            aliases=["dreambooth", "db", "subject training", "finetune", "train"],
+            category=_CATEGORY,
+            description="Learns a subject from a few images under a rare word, and keeps its class unchanged. The "
+            "queue is busy until training is done. Queued again, it resumes, or returns the finished run.",
+            inputs=[
+                *inputs.base("The model to train on. LoRAs applied before it count as part of it."),
+                Dataset.Input("dataset", tooltip="The subject's images. Images that have captions keep them."),
+                inputs.text(
+                    "instance_prompt",
+                    "Caption of images without one: a rare word and the class, such as a photo of sks dog.",
+                ),
+                inputs.text(
+                    "class_prompt",
+                    "The class without the rare word, such as a photo of a dog. Class images are drawn from it.",
+                ),
+                io.Int.Input(
+                    "class_images",
+                    default=200,
+                    min=0,
+                    max=100_000,
+                    tooltip="Number of class images in total; missing ones are drawn. 0: none, and the class is not "
+                    "preserved.",
+                ),
+                inputs.prior_weight("prior_weight"),
+                inputs.choice(
+                    "train",
+                    ["LoRA", "all weights"],
+                    "LoRA: a small difference on the attention layers. all weights: the whole model.",
+                ),
+                inputs.steps(800),
+                inputs.learning_rate(
+                    "0: the default of the model's family (SD1.5: 1e-4 for a LoRA, 5e-6 for all weights).",
+                    "1e-4",
+                    train="LoRA",
+                ),
+                inputs.rank(),
+                inputs.batch_size(2, "Pictures per step, class images included: 2 is one of each."),
+                inputs.seed(),
+                Dataset.Input(
+                    "class_dataset", optional=True, tooltip="Your own class images, or those of another node."
+                ),
+                options_input(),
+                advanced(
+                    inputs.choice(
+                        "prior",
+                        prior.PRIORS,
+                        "How to preserve the class. differential: no class images; the loss holds the model "
+                        "to its predictions for class_prompt before training. A step takes about twice as long.",
+                        optional=True,
+                    )
+                ),
+                inputs.start_adapter(),
+            ],
+            outputs=inputs.trained(),
+            is_output_node=True,
+        )
+
+    validate_inputs = checked(
+        instance_prompt=None, class_prompt=None, prior_weight=None, train=None, learning_rate=None, prior=None
+    )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        dataset,
+        instance_prompt,
+        class_prompt,
+        class_images,
+        prior_weight,
+        train,
+        steps,
+        learning_rate,
+        rank,
+        batch_size,
+        seed,
+        class_dataset=None,
+        options=None,
+        prior="class images",
+        adapter=None,
+    ) -> io.NodeOutput:
+        from .host.actions import dreambooth
+        from .host.actions.train import TrainInputs, as_start
+
+        sockets = {"model": model, "clip": clip, "vae": vae, "dataset": dataset}
+        with named(cls, **sockets, class_dataset=class_dataset, options=options, adapter=adapter):
+            done = dreambooth.train(
+                model,
+                clip,
+                vae,
+                dataset,
+                dreambooth.Subject(instance_prompt, class_prompt, class_images, prior_weight, prior, class_dataset),
+                TrainInputs(train, steps, learning_rate, rank, batch_size, seed, start=as_start(adapter)),
+                options,
+                cls.hidden.unique_id,
+            )
+            return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, ui=done.ui)
+
+
+class GraftTrainPreference(Trainer):
+    """Node that trains a LoRA, or all weights, on pairs of a better and a worse picture."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return describe(
+            node_id="GraftTrainPreference",
+            display_name="Graft Train Preference",
+            words="DPO",
+            aliases=["dpo", "diffusion-dpo", "preference", "reward", "pairs", "alignment", "lora training", "train"],
+            category=_CATEGORY,
+            description="Learns from pairs of pictures for a caption which one you prefer, and draws more like it. The "
+            "queue is busy until training is done. Queued again, it resumes, or returns the finished run.",
+            inputs=[
+                *inputs.base("The model to train on. LoRAs applied before it count as part of it."),
+                Dataset.Input("dataset", tooltip="Pairs: better pictures with captions, and worse_folder."),
+                io.Float.Input(
+                    "beta",
+                    default=5000.0,
+                    min=1.0,
+                    max=1e6,
+                    step=100.0,
+                    tooltip="How closely the result stays with the model: higher is closer. 2000 for SD1.5, 5000 for "
+                    "SDXL.",
+                ),
+                inputs.steps(),
+                inputs.learning_rate(
+                    "0: a tenth of the usual one of the model's family (1e-5 for a LoRA).", "1e-5", train="LoRA"
+                ),
+                inputs.rank(),
+                inputs.batch_size(tooltip="Pairs per step."),
+                inputs.seed(),
+                options_input(),
+                inputs.start_adapter(),
+                _lora_or_all(),
+            ],
+            outputs=inputs.trained(),
+            is_output_node=True,
+        )
+
+    validate_inputs = checked(beta=None, learning_rate=None, train=None)
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        dataset,
+        beta,
+        steps,
+        learning_rate,
+        rank,
+        batch_size,
+        seed,
+        options=None,
+        adapter=None,
+        train="LoRA",
+    ) -> io.NodeOutput:
+        from .host.actions import train as training
+
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options, adapter=adapter):
+            start = training.as_start(adapter)
+            widgets = training.TrainInputs(
+                train, steps, learning_rate, rank, batch_size, seed, start=start, preference_beta=beta
+            )
+            done = training.train(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+            return io.NodeOutput(done.model, done.clip, done.adapter, done.loss, ui=done.ui)
+
+
+class GraftExportJob(io.ComfyNode):
+    """Node that writes a training job to a folder instead of running it."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return describe(
+            node_id="GraftExportJob",
+            display_name="Graft Export Job",
+            words="Training",
+            aliases=["accelerate", "multi-gpu", "multiple gpus", "distributed training", "remote training", "train"],
+            category=_CATEGORY,
+            description="Writes a training into a folder, to run it on several GPUs or other machines with Graft's "
+            "job.py. It encodes all pictures and captions, and trains nothing. Put it in the place of a trainer.",
+            inputs=[
+                *inputs.base("The model to train on. Only ComfyUI's own nodes may load and change it."),
+                Dataset.Input("dataset", tooltip="Pictures and captions."),
+                inputs.steps(),
+                inputs.learning_rate(
+                    "0: the default of the model's family. If it is too high, pictures look burnt.",
+                    "1e-4",
+                    train="LoRA",
+                ),
+                inputs.rank(),
+                inputs.batch_size(tooltip="Pictures per step, over all processes together."),
+                inputs.seed(),
+                options_input(),
+                _lora_or_all(),
+                inputs.start_adapter(),
+                advanced(
+                    io.Float.Input(
+                        "beta",
+                        default=0.0,
+                        min=0.0,
+                        max=1e6,
+                        optional=True,
+                        tooltip="For pairs, as in Graft Train Preference. 0: no preference is trained.",
+                    )
+                ),
+            ],
+            outputs=[io.String.Output("path", display_name="path")],
+            is_output_node=True,
+        )
+
+    validate_inputs = checked(learning_rate=None, train=None, beta=None)
+
+    @classmethod
+    def fingerprint_inputs(cls, **values) -> float:
+        """Return NaN, so that ComfyUI always runs the node.
+
+        The folder may have been removed, and files that the graph names may have changed.
+        """
+        return float("nan")
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        clip,
+        vae,
+        dataset,
+        steps,
+        learning_rate,
+        rank,
+        batch_size,
+        seed,
+        options=None,
+        train="LoRA",
+        adapter=None,
+        beta=0.0,
+    ) -> io.NodeOutput:
+        from .host.actions import train as training
+
+        with named(cls, model=model, clip=clip, vae=vae, dataset=dataset, options=options, adapter=adapter):
+            start = training.as_start(adapter)
+            widgets = training.TrainInputs(
+                train, steps, learning_rate, rank, batch_size, seed, start=start, preference_beta=beta
+            )
+            path = training.export(model, clip, vae, dataset, widgets, options, cls.hidden.unique_id)
+            return io.NodeOutput(path, ui={"text": (f"Job: {path}",)})
+
+
+NODES = [
+    GraftTrainLoRA,
+    GraftTrainEmbedding,
+    GraftFineTune,
+    GraftTrainSlider,
+    GraftTrainDreamBooth,
+    GraftTrainPreference,
+    GraftExportJob,
+]
