@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..trainers.formats.adapter import FORMATS, save_adapter
 from ..trainers.formats.embedding import first_embedding
-from ..trainers.methods.patterns import Pairs
+from ..trainers.methods.targets import Pairs
 from ..trainers.methods.textual_inversion import check_name
 from ..trainers.recipe.parsing import parse_pairs
 from . import inputs

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from comfy_api.latest import io, ui
 
 from ..trainers.data import arrays, examples, scan
-from ..trainers.data.pairs import WORSE_FOLDER
+from ..trainers.data.source_images import WORSE_FOLDER
 from ..trainers.errors import DatasetError, SettingsError
 from ..trainers.video.pieces import PIECES
 from . import inputs, variation

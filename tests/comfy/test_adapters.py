@@ -491,7 +491,7 @@ def test_a_norm_is_limited_as_sd_scripts_limits_it(tmp_path):
 
 
 def test_ranks_rows_and_modules_are_dropped_with_their_probability():
-    from graft_pack.trainers.methods.variants.dropouts import StructureDropout
+    from graft_pack.trainers.methods.dropout import StructureDropout
 
     torch.manual_seed(0)
     dropout = StructureDropout(0.25, 0.0)

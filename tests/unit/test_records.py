@@ -6,8 +6,7 @@ import sys
 import pytest
 from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.runs import records
-from graft_pack.trainers.runs.file_names import is_name
-from graft_pack.trainers.runs.folders import Folders
+from graft_pack.trainers.runs.folders import Folders, is_name
 from graft_pack.trainers.text import safe_name
 from hypothesis import given
 from hypothesis import strategies as st

@@ -9,7 +9,7 @@ import pytest
 from graft_pack.trainers import regex
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import load_adapter
-from graft_pack.trainers.methods.patterns import check_pairs, matches, value_for
+from graft_pack.trainers.methods.targets import check_pairs, matches, value_for
 from graft_pack.trainers.recipe.parsing import parse_pairs, parse_patterns
 from graft_pack.trainers.regex import Budget, PatternError, Patterns, regex_problem
 from hypothesis import example, given, settings

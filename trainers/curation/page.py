@@ -1,30 +1,41 @@
-"""Contents of the page of a dataset: a row for each picture, with what training will see of it."""
+"""Contents of the page of a dataset: a row for each picture, with what training will see of it, and small copies."""
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 import posixpath
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.buckets import Crop, geometry_without_model
 from ..data.captions import is_caption_file
-from ..data.clips import ClipFiles
+from ..data.clips import ClipFiles, ClipSource, VideoSource
 from ..data.dataset_file import DatasetFile, read_dataset_file
 from ..data.examples import Augmentation, Dataset, Example, LeftOut, reason_of
-from ..data.index import Index, is_settled, listing_fingerprint
+from ..data.index import Index, is_settled, listing_fingerprint, mark_of
 from ..data.listing import Listing, list_folder
 from ..data.masks import Masks
+from ..data.pictures import FileSource
 from ..data.scan import ScanOptions, scan_listing
 from ..errors import DatasetError
+from ..formats.atomic import refuse_links, write_bytes
 from ..inspection.near_duplicates import find_near_duplicates, signatures
 from ..inspection.report import Finding, inspect_example, lacks_trigger
+from ..video.pieces import count_at_rate
 from .caption_edits import Caption, CaptionReader
 from .folder import list_pictures, measure_source, source_of
 
+if TYPE_CHECKING:
+    from PIL import Image
+
 NO_CAPTION = Caption("", "none", "")
+SIDE = 256  # of a thumbnail, pixels
+# The most frames of a moving thumbnail, and those of a second.
+_FRAMES, _RATE = 24, 8
 _MOST_KEPT = 4
 # (state of the files, page) by folder and settings: those read last. The page of 10,000 pictures takes 10 MB.
 _kept: dict[tuple, tuple[str, DatasetPage]] = {}
@@ -268,6 +279,59 @@ def read_mask(folder: str, name: str, reading: ScanOptions) -> bytes:
     mask = Masks(listing, reading).of(source, has_alpha, Index(None, folder))
     if mask is None:
         raise DatasetError(f"The picture '{name}' has no mask.", "Paint one.", "name")
+    return _encoded(mask.open().convert("L").resize(size, Image.Resampling.BILINEAR), "PNG")
+
+
+def thumbnail(source: FileSource | VideoSource, cache: str) -> bytes:
+    """Return a picture, or a clip's first frame, as WebP of at most SIDE pixels a side; from the cache if it is there.
+
+    Args:
+        cache: folder of all caches; its folder "thumbnails" may be removed at any time.
+
+    Raises:
+        DatasetError: the picture cannot be read.
+    """
+    state = f"{os.path.realpath(source.path)!r} {mark_of(os.stat(source.path))}"
+    key = hashlib.sha256(state.encode("utf-8", "surrogateescape")).hexdigest()
+    path = os.path.join(cache, "thumbnails", key[:2], f"{key[2:34]}.webp")
+    refuse_links(cache, path)
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except FileNotFoundError:
+        content = draw_thumbnail(source)
+    write_bytes(path, content)
+    return content
+
+
+def draw_thumbnail(source: FileSource | VideoSource) -> bytes:
+    """Return a picture as WebP, at most SIDE pixels a side. Raise DatasetError if it cannot be read."""
+    return _encoded(_small(source.open()), "WEBP", quality=80)
+
+
+def moving_thumbnail(source: ClipSource) -> bytes:
+    """Return the first seconds of a clip as animated WebP, at most SIDE pixels a side. Raise as `draw_thumbnail`."""
+    count, last = source.measure()
+    rate = _RATE if last else 0
+    shown = min(_FRAMES, count_at_rate(last, count, rate))
+    first, *others = [_small(frame) for frame in source.frames(0, shown, rate)]
+    moving = {"save_all": True, "append_images": others, "duration": 1000 // _RATE, "loop": 0}
+    return _encoded(first, "WEBP", quality=80, **moving)
+
+
+def _small(image: Image.Image) -> Image.Image:
+    from PIL import Image
+
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image
+
+
+def full_picture(source: FileSource | VideoSource) -> bytes:
+    """Return a picture as JPEG at its full size. Raise DatasetError if it cannot be read."""
+    return _encoded(source.open(), "JPEG", quality=92)
+
+
+def _encoded(image, format: str, **saving) -> bytes:
     buffer = io.BytesIO()
-    mask.open().convert("L").resize(size, Image.Resampling.BILINEAR).save(buffer, format="PNG")
+    image.save(buffer, format=format, **saving)
     return buffer.getvalue()

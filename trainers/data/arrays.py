@@ -8,9 +8,8 @@ from ..errors import DatasetError
 from . import captions
 from .clips import FramesSource
 from .examples import Augmentation, Clip, Dataset, EncodedPrompt, Example
-from .pairs import check_pair
 from .pictures import ArraySource
-from .source_images import source_image_of
+from .source_images import check_pair, source_image_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 from ..errors import DatasetError
 from . import captions
 from .listing import File, Listing, Owners
-from .pairs import WORSE_FOLDER
 from .pictures import is_picture
-from .source_images import CONTROL_FOLDERS, read_match
+from .source_images import CONTROL_FOLDERS, WORSE_FOLDER, read_match
 
 if TYPE_CHECKING:
     from .examples import Example, LeftOut

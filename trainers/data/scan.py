@@ -19,10 +19,9 @@ from .examples import Augmentation, Dataset, Example, LeftOut, reason_of, shorte
 from .index import Index, listing_fingerprint
 from .listing import File, Listing, list_folder, path_inside, without_folder
 from .masks import Masks
-from .pairs import WorsePictures
 from .picture_columns import PictureColumns
 from .pictures import FileSource, is_picture, measured, why_unread
-from .source_images import SourceFolders
+from .source_images import SourceFolders, WorsePictures
 
 MASKS = ("auto", "alpha", "off")
 _MOST_REPEATS = 1_000_000

@@ -1,4 +1,4 @@
-"""Source pictures: input, beside the noise, of a model that edits them into the training pictures."""
+"""Further pictures of a picture: source pictures, which an editing model gets, and the worse picture of a pair."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 # Two pictures have the same shape, so that positions match, if their aspect ratios differ by at most this fraction.
 _ALIKE = 0.02
 
-
-# The inputs that name the folders of a picture's first, second and third source picture.
+# The inputs that name the folders of a picture's first, second and third source picture, and of its worse one.
 CONTROL_FOLDERS = ("control_folder", "control_folder_2", "control_folder_3")
+WORSE_FOLDER = "worse_folder"
 
 
 class SourceFolders:
@@ -195,3 +195,52 @@ def source_image_of(source: Source, size: tuple[int, int]) -> Example:
 def is_alike(first: tuple[int, int], second: tuple[int, int]) -> bool:
     """Return True if pictures of two sizes (width, height) have the same shape."""
     return abs(first[0] / first[1] - second[0] / second[1]) <= _ALIKE * first[0] / first[1]
+
+
+class WorsePictures:
+    """Worse pictures in a folder, each named like its better picture, or named by a metadata table.
+
+    Args:
+        folder: absolute path; empty to take those that a table names, if any.
+        listing: of the dataset's folder, which may contain the folder.
+    """
+
+    def __init__(self, folder: str, listing: Listing, columns: PictureColumns):
+        self._folder = matching(folder, WORSE_FOLDER, "worse", "worse", listing, columns)
+
+    def outside(self, listing: Listing) -> Listing:
+        """Return the listing of the dataset's folder without the worse pictures in it."""
+        return self._folder.outside(listing) if self._folder else listing
+
+    def of(self, name: str, size: tuple[int, int], measure: Callable[[File], dict]) -> Example | None:
+        """Return the worse picture of a picture, by its relative name; None if the dataset has no pairs.
+
+        Args:
+            size: (width, height) of the better picture.
+            measure: returns the size and digest of a file.
+
+        Raises:
+            DatasetError: there is none, it has another shape, or it cannot be read.
+        """
+        if self._folder is None:
+            return None
+        worse = self._folder.of(name, measure)
+        if worse is None:
+            raise DatasetError(self._folder.lacking, "Add one, or remove the picture.", WORSE_FOLDER)
+        check_pair(worse, size, WORSE_FOLDER)
+        return worse
+
+    def lonely(self) -> list[LeftOut]:
+        """Return the worse pictures without a better one, and the files that are not pictures."""
+        return self._folder.lonely() if self._folder else []
+
+
+def check_pair(worse: Example, size: tuple[int, int], input: str) -> None:
+    """Raise DatasetError if a worse picture has another shape than the better one, so that no crop fits both."""
+    if not is_alike(worse.size, size):
+        width, height = worse.size
+        raise DatasetError(
+            f"its worse picture {worse.source.name} has another shape, {width}x{height}, not {size[0]}x{size[1]}",
+            "Crop both to the same shape.",
+            input,
+        )

@@ -20,7 +20,7 @@ from ..formats.keys import common_place, layer_keys
 from ..formats.peft_format import place_of
 from ..lowrank import PART
 from ..methods.adapter_files import host_places
-from ..methods.patterns import check_used
+from ..methods.targets import check_used
 from ..recipe.options import AS_IT_IS
 from ..text import counted, join_first
 from ..tools.foreign import GUESS, has_guessed_alpha

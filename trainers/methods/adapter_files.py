@@ -12,8 +12,7 @@ from ..formats.kohya import own
 from ..formats.network import has_host_magnitudes
 from ..formats.peft_config import starts_at_weight
 from ..formats.peft_format import PeftAdapter
-from .patterns import rank_of
-from .targets import Layer, alpha_of, parse_name
+from .targets import Layer, alpha_of, parse_name, rank_of
 
 if TYPE_CHECKING:
     import torch

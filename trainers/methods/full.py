@@ -13,8 +13,7 @@ from ..formats.keys import BIAS, WHOLE
 from ..lowrank import PART
 from ..optimizers import Group
 from .base import Method
-from .patterns import matches, value_for
-from .targets import is_target, kind_of
+from .targets import is_target, kind_of, matches, value_for
 
 if TYPE_CHECKING:
     import torch

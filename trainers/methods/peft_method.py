@@ -13,8 +13,7 @@ from ..optimizers import Group
 from ..rng import generator
 from .adapter_files import StartValues, list_layers, to_peft
 from .base import Method
-from .patterns import rank_of, value_for
-from .targets import Layer, meant_layers, parse_name
+from .targets import Layer, meant_layers, parse_name, rank_of, value_for
 from .variants.arguments import check_arguments
 
 if TYPE_CHECKING:

@@ -11,8 +11,7 @@ from ..errors import RunError
 from ..formats.files import read_metadata
 from ..formats.json_files import parse_json, read_own_json
 from ..text import is_below
-from .file_names import is_name
-from .folders import Folders
+from .folders import Folders, is_name
 from .loss_by_picture import LossByPicture
 from .run import STOPPED, Run
 

@@ -15,18 +15,20 @@ from ..formats.metadata import data_uri
 from ..text import safe_name
 from . import run_lock
 from .checkpoint import State, read_state, write_state
-from .file_names import (
+from .folders import (
     BEST_FILE,
     EVENT_FILE,
     SAMPLE_FILE,
     SAVE_FILE,
     STATE_FILE,
+    Folders,
+    Halt,
+    Products,
     list_names,
     list_steps,
     prune,
     step_of,
 )
-from .folders import Folders, Halt, Products
 
 if TYPE_CHECKING:
     from PIL import Image

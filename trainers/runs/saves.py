@@ -11,8 +11,7 @@ from ..errors import RunError
 from ..formats import atomic, files
 from ..formats.metadata import VALIDATION_LOSS
 from ..text import is_below, safe_name
-from .file_names import BEST_FILE, SAVE_FILE
-from .folders import Folders, Products
+from .folders import BEST_FILE, SAVE_FILE, Folders, Products
 from .notes import read_notes
 from .run import Run
 

@@ -14,7 +14,7 @@ import comfy.lora_convert
 from ....trainers.errors import ModelError, SettingsError
 from ....trainers.formats.adapter import LazyAdapter
 from ....trainers.formats.keys import BIAS, IA3, ON_INPUT, common_place, misfit_of_layer, split
-from ....trainers.methods.patterns import Pairs, check_pairs, value_for
+from ....trainers.methods.targets import Pairs, check_pairs, value_for
 from ....trainers.text import counted, join_first
 from ....trainers.tools.foreign import GUESS, has_guessed_alpha, kind_of
 from ....trainers.tools.inspect import MOST_UNREAD

@@ -38,13 +38,20 @@ from typing import Any
 
 from aiohttp import web
 
-from ....trainers.curation import caption_edits, picture_edits, thumbnails, uploads
+from ....trainers.curation import caption_edits, picture_edits, uploads
 from ....trainers.curation.caption_edits import CaptionEdit
 from ....trainers.curation.folder import one_clip, one_picture
-from ....trainers.curation.page import PageOptions, find_alike, read_mask, read_page
-from ....trainers.data.pairs import WORSE_FOLDER
+from ....trainers.curation.page import (
+    PageOptions,
+    find_alike,
+    full_picture,
+    moving_thumbnail,
+    read_mask,
+    read_page,
+    thumbnail,
+)
 from ....trainers.data.scan import MASKS, ScanOptions
-from ....trainers.data.source_images import CONTROL_FOLDERS
+from ....trainers.data.source_images import CONTROL_FOLDERS, WORSE_FOLDER
 from ....trainers.errors import DatasetError, GraftError
 from ....trainers.runs.records import last_loss_by_picture
 from ....trainers.video.pieces import PIECES
@@ -197,12 +204,12 @@ async def _send_picture(decoding: asyncio.Semaphore, work: Callable, request: we
 
 def _thumbnail(query) -> tuple[bytes, str]:
     if query.get("moving"):
-        return thumbnails.moving_thumbnail(_source(query, one_clip)), "image/webp"
-    return thumbnails.thumbnail(_source(query), paths.folders().cache), "image/webp"
+        return moving_thumbnail(_source(query, one_clip)), "image/webp"
+    return thumbnail(_source(query), paths.folders().cache), "image/webp"
 
 
 def _picture(query) -> tuple[bytes, str]:
-    return thumbnails.full_picture(_source(query)), "image/jpeg"
+    return full_picture(_source(query)), "image/jpeg"
 
 
 def _mask(query) -> tuple[bytes, str]:

@@ -4,10 +4,10 @@ import io
 import os
 
 import pytest
-from graft_pack.trainers.curation import caption_edits, picture_edits, thumbnails, uploads
+from graft_pack.trainers.curation import caption_edits, picture_edits, uploads
 from graft_pack.trainers.curation.caption_edits import CaptionEdit
 from graft_pack.trainers.curation.folder import one_clip, one_picture
-from graft_pack.trainers.curation.page import PageOptions, read_mask, read_page
+from graft_pack.trainers.curation.page import PageOptions, moving_thumbnail, read_mask, read_page, thumbnail
 from graft_pack.trainers.data.scan import ScanOptions
 from graft_pack.trainers.errors import DatasetError
 from PIL import Image
@@ -47,7 +47,7 @@ def test_clips_are_shown_with_captions_lengths_and_rates(folder):
 
 @pytest.mark.parametrize("name, first", [("a.mp4", 0), ("two.webm", 0), ("walk.frames", 4)])
 def test_the_poster_of_a_clip_is_its_first_frame(folder, tmp_path, name, first):
-    content = thumbnails.thumbnail(one_picture(str(folder), name), str(tmp_path / "cache"))
+    content = thumbnail(one_picture(str(folder), name), str(tmp_path / "cache"))
     assert number_of(Image.open(io.BytesIO(content)).convert("RGB")) == first
 
 
@@ -57,7 +57,7 @@ def test_the_poster_of_a_clip_is_its_first_frame(folder, tmp_path, name, first):
 )
 def test_a_moving_thumbnail_shows_the_first_seconds(folder, name, numbers):
     write_video(folder / "long.mp4", 90, size=(320, 64), rate=24)
-    image = Image.open(io.BytesIO(thumbnails.moving_thumbnail(one_clip(str(folder), name))))
+    image = Image.open(io.BytesIO(moving_thumbnail(one_clip(str(folder), name))))
     assert (image.format, image.n_frames, max(image.size) <= 256) == ("WEBP", len(numbers), True)
     for place, number in enumerate(numbers):
         image.seek(place)
@@ -71,9 +71,9 @@ def test_animations_move_and_other_files_do_not(folder):
     frames = [Image.fromarray(shade(number, (64, 64))) for number in range(5)]
     frames[0].save(folder / "b.gif", save_all=True, append_images=frames[1:], duration=130)
     frames[0].save(folder / "still.jpg")
-    assert Image.open(io.BytesIO(thumbnails.moving_thumbnail(one_clip(str(folder), "b.gif")))).n_frames == 5
+    assert Image.open(io.BytesIO(moving_thumbnail(one_clip(str(folder), "b.gif")))).n_frames == 5
     with pytest.raises(DatasetError, match="still.jpg"):
-        thumbnails.moving_thumbnail(one_clip(str(folder), "still.jpg"))
+        moving_thumbnail(one_clip(str(folder), "still.jpg"))
     with pytest.raises(DatasetError, match="no picture"):
         one_clip(str(folder), "../b.gif")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graft_pack.trainers.curation import caption_edits, picture_edits, thumbnails, uploads
+from graft_pack.trainers.curation import caption_edits, picture_edits, uploads
 from graft_pack.trainers.curation.caption_edits import CaptionEdit
 from graft_pack.trainers.curation.folder import one_picture
-from graft_pack.trainers.curation.page import PageOptions, find_alike, read_mask, read_page
+from graft_pack.trainers.curation.page import PageOptions, find_alike, read_mask, read_page, thumbnail
 from graft_pack.trainers.data.dataset_file import read_dataset_file
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.errors import DatasetError, GraftError
@@ -393,14 +393,14 @@ def test_pictures_that_look_alike(folder):
 def test_thumbnails_are_made_once_and_again_for_a_changed_picture(folder, tmp_path):
     cache = tmp_path / "cache"
     draw(folder / "a.png", 1, (1024, 512))
-    first = thumbnails.thumbnail(one_picture(str(folder), "a.png"), str(cache))
+    first = thumbnail(one_picture(str(folder), "a.png"), str(cache))
     image = Image.open(io.BytesIO(first))
     assert (image.format, image.size) == ("WEBP", (256, 128))
     (kept,) = (path for path in cache.rglob("*") if path.is_file())
     kept.write_bytes(b"from the cache")
-    assert thumbnails.thumbnail(one_picture(str(folder), "a.png"), str(cache)) == b"from the cache"
+    assert thumbnail(one_picture(str(folder), "a.png"), str(cache)) == b"from the cache"
     draw(folder / "a.png", 2, (512, 1024))
-    second = thumbnails.thumbnail(one_picture(str(folder), "a.png"), str(cache))
+    second = thumbnail(one_picture(str(folder), "a.png"), str(cache))
     assert Image.open(io.BytesIO(second)).size == (128, 256)
 
 

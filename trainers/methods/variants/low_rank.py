@@ -44,8 +44,8 @@ def plain_down(down: torch.Tensor, core: torch.Tensor) -> torch.Tensor:
 
 def make_forward(layer: nn.Module, recipe: Recipe) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return the forward of a layer with a core or with dropped ranks."""
+    from ..dropout import structure_dropout
     from ..lora import in_dtype_of, parts_of
-    from .dropouts import structure_dropout
 
     base, down, up, drop, _ = parts_of(layer)
     dropout, core = structure_dropout(recipe), getattr(layer, MID, None)

@@ -92,7 +92,7 @@ class LycorisMethod(PeftMethod):
 
     def finish(self, layer: nn.Module, recipe: Recipe) -> None:
         """Replace the forward of peft's layer. The layer belongs to the private module."""
-        from .dropouts import structure_dropout
+        from ..dropout import structure_dropout
 
         dropout = structure_dropout(recipe)
         if dropout is not None:
