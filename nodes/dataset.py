@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ..trainers.data import arrays, examples, scan
 from ..trainers.data.source_images import WORSE_FOLDER
 from ..trainers.errors import DatasetError, SettingsError
-from ..trainers.video.pieces import PIECES
+from ..trainers.video import PIECES
 from . import inputs, variation
 from .checks import checked
 from .host import dataset_folders, paths

@@ -28,7 +28,7 @@ def test_a_file_to_start_from_is_read_once(is_dreambooth, comfy, tiny_base, monk
     from graft_pack.nodes.host.actions.dreambooth import Subject
     from graft_pack.trainers.formats import files
     from graft_pack.trainers.formats.adapter import save_adapter
-    from graft_pack.trainers.formats.network import ranks_of
+    from graft_pack.trainers.formats.kohya import ranks_of
 
     with torch.inference_mode():
         graph = toy.load(tiny_base, comfy.path)

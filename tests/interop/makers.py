@@ -287,7 +287,7 @@ _SD_SCRIPTS = {"lora_down.weight", "lora_up.weight", "alpha"}
 
 def read_by_sd_scripts(family: str, path):
     """Return the output with a file by the formula of networks/lora.py: W + alpha / rank * up @ down."""
-    from graft_pack.trainers.formats.network import _OUTSIDE
+    from graft_pack.trainers.formats.kohya import _OUTSIDE
 
     modules, predict = _kohya_network(family)
     for name, held in _layers(path).items():

@@ -12,7 +12,7 @@ from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.families import family_of
 from graft_pack.trainers.formats.adapter import Adapter, as_adapter, load_adapter, save_adapter
-from graft_pack.trainers.formats.network import ranks_of
+from graft_pack.trainers.formats.kohya import ranks_of
 from graft_pack.trainers.runs.folders import Folders
 from graft_pack.trainers.runs.records import read_recipe
 from graft_pack.trainers.tools.extract import resize

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.errors import SettingsError
-from graft_pack.trainers.recipe.prompts import Prompt, parse_prompt, parse_prompts, text_of
+from graft_pack.trainers.recipe.parsing import Prompt, parse_prompt, parse_prompts, text_of
 
 from tests.support.diffusers_host import make_host, run_session
 

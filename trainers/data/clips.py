@@ -14,8 +14,7 @@ import numpy as np
 
 from ..errors import DatasetError
 from ..text import is_below
-from ..video.pieces import RANDOM, choose_pieces, count_at_rate, frames_at_rate
-from ..video.video_file import SUFFIXES, VideoFile
+from ..video import RANDOM, SUFFIXES, VideoFile, choose_pieces, count_at_rate, frames_at_rate
 from .examples import Clip, Source
 from .index import mark_of
 from .listing import File, Listing, list_folder, stem_of
@@ -25,7 +24,7 @@ from .pixel_formats import turn_upright, upright_rgb
 if TYPE_CHECKING:
     from PIL import Image
 
-    from ..video.pieces import Piece
+    from ..video import Piece
     from .buckets import Crop
     from .examples import Example
     from .index import Index

@@ -109,7 +109,7 @@ class Clip:
         count: number of frames at `rate`.
         rate: frames per second, 0 for all frames that the file holds.
         frames: requested frames of a piece.
-        pieces: one of `video.pieces.PIECES`.
+        pieces: one of `video.PIECES`.
         shown: frames per second of the file, for reports; 0 if unknown.
     """
 

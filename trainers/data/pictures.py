@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import DatasetError
 from ..text import is_below
-from ..video.video_file import SUFFIXES as VIDEOS
+from ..video import SUFFIXES as VIDEOS
 from .examples import Source
 from .pixel_formats import has_alpha, mask_weight, read_alpha, turn_upright, upright_rgb
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from ..errors import DatasetError
 from ..text import join_first
-from ..video.pieces import PIECES
+from ..video import PIECES
 from . import captions
 from .caption_files import CaptionFiles
 from .clips import ClipFiles, check_frames, is_media
@@ -48,7 +48,7 @@ class ScanOptions:
         with_excluded: read also the pictures that the user excluded.
         frames: frames of a piece of a clip; 0 for stills alone.
         frame_rate: frames per second to train at, 0 for each file's own frames.
-        pieces: one of `video.pieces.PIECES`.
+        pieces: one of `video.PIECES`.
     """
 
     lines_are_variants: bool = False

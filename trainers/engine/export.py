@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..data.examples import count_tags
 from ..formats.adapter import Adapter, LazyAdapter
 from ..formats.full_diff import FullDiff
+from ..formats.kohya import network_fields
 from ..formats.metadata import describe_training
-from ..formats.network import network_fields
 from ..methods import textual_inversion
 from ..runs.folders import Products
 from ..runs.run import Run

@@ -15,7 +15,7 @@ from ..data.buckets import usual_bucket
 from ..families import family_of
 from ..memory.oom import in_one_line, is_out_of_memory
 from ..protocols import Conditioning, PictureRequest, PreviewSkipped
-from ..recipe.prompts import read_prompts
+from ..recipe.parsing import read_prompts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,9 +12,8 @@ from .convert import host_names, host_tensors
 from .embedding import take_bundled
 from .forms import file_form, native_form
 from .keys import DORA, check_parts
-from .kohya import host_form
+from .kohya import as_dora, host_form
 from .metadata import stamped
-from .network import as_dora
 from .peft_format import DIFFUSERS_CONFIG, PeftAdapter, peft_files, read_native, write_diffusers, write_peft
 
 if TYPE_CHECKING:

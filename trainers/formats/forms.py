@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError
 from .keys import ALPHA, BIAS, DORA, DOWN, UP, WHOLE, split
-from .kohya import kohya_form, with_alphas, with_unit_scales
-from .network import LYCORIS_NETWORK, RANKED, has_host_magnitudes, network_fields
+from .kohya import (
+    LYCORIS_NETWORK,
+    RANKED,
+    has_host_magnitudes,
+    kohya_form,
+    network_fields,
+    with_alphas,
+    with_unit_scales,
+)
 from .peft_config import starts_at_weight
 from .peft_form import peft_form
 from .peft_format import PeftAdapter, diffusers_form

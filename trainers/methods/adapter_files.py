@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..formats.keys import ALPHA, BIAS, DORA, DOWN, UP, common_place, layer_keys, layouts, type_of
-from ..formats.kohya import own
-from ..formats.network import has_host_magnitudes
+from ..formats.kohya import has_host_magnitudes, own
 from ..formats.peft_config import starts_at_weight
 from ..formats.peft_format import PeftAdapter
 from .targets import Layer, alpha_of, parse_name, rank_of

@@ -19,7 +19,7 @@ from ..rng import stream_seed
 if TYPE_CHECKING:
     from ..data.examples import Dataset, EncodedPrompt, Example
     from ..recipe.recipe import Recipe
-    from ..video.pieces import Piece
+    from ..video import Piece
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from ..data.prior import refuse_if_one_sided
 from ..errors import DatasetError, SettingsError
 from ..protocols import HOLE, MAX_SOURCES, SOURCE
 from ..recipe.options import PROMPT_NODES, TEXT_ALONE
-from ..recipe.prompts import read_prompts
+from ..recipe.parsing import read_prompts
 from ..runs import run_lock
 from ..text import join_first
 from .cache import cache_size, prune

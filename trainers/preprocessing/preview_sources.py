@@ -12,7 +12,7 @@ from ..data.pictures import FileSource, measure_file
 from ..data.source_images import source_image_of
 from ..errors import DatasetError, SettingsError
 from ..recipe.options import TEXT_ALONE
-from ..recipe.prompts import read_prompts
+from ..recipe.parsing import read_prompts
 from .source_prompts import SourcePrompt
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ModelError, SettingsError
 from ..protocols import HOLE, Conditioning
-from ..recipe.prompts import read_prompts
+from ..recipe.parsing import read_prompts
 from ..rng import stream_seed
 from .items import DatasetItem, Poles, Sample
 

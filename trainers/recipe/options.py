@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from ..families import TARGET_PRESETS
 from ..objective.options import NATIVE, OBJECTIVE_OPTIONS, Objective
 from ..option import Option, option, options_of
-from .parsing import check_run_name, is_on, parse_arguments, parse_pairs, parse_patterns, parse_points
+from .parsing import check_run_name, is_on, parse_arguments, parse_pairs, parse_patterns, parse_points, parse_prompts
 from .presets import PRESETS
-from .prompts import parse_prompts
 
 if TYPE_CHECKING:
     from ..families import Family

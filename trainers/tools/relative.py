@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..errors import ModelError
 from ..formats.convert import host_places
 from ..formats.keys import ALPHA, BIAS, DORA, IA3, ON_INPUT, is_text, misfit_of_layer, split
-from ..formats.network import has_host_magnitudes
+from ..formats.kohya import has_host_magnitudes
 from ..formats.peft_config import starts_at_weight
 from ..regex import Budget
 from .difference import RELATIVE, Difference, difference

@@ -18,9 +18,8 @@ from ....trainers.formats.adapter import Adapter
 from ....trainers.formats.atomic import replacing
 from ....trainers.formats.forms import from_peft
 from ....trainers.formats.keys import ALPHA, BIAS, DORA, DOWN, UP, WHOLE, is_text, split
-from ....trainers.formats.kohya import kohya_form
+from ....trainers.formats.kohya import LYCORIS_NETWORK, as_dora, has_host_magnitudes, kohya_form
 from ....trainers.formats.metadata import ARCHITECTURE, RUN, architecture_of
-from ....trainers.formats.network import LYCORIS_NETWORK, as_dora, has_host_magnitudes
 from ....trainers.formats.peft_format import WEIGHTS
 from ....trainers.runs.records import find_run
 from ....trainers.tools.difference import difference

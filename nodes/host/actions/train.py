@@ -20,13 +20,13 @@ from ....trainers.engine.session import is_finished, run_recipe
 from ....trainers.errors import OutOfMemory, SettingsError
 from ....trainers.families import family_of
 from ....trainers.formats.adapter import Adapter, as_adapter
-from ....trainers.formats.network import ranks_of
+from ....trainers.formats.kohya import ranks_of
 from ....trainers.memory.oom import in_one_line, is_out_of_memory
 from ....trainers.objective.options import NATIVE
 from ....trainers.preprocessing.crops import all_resolutions
 from ....trainers.protocols import Geometry, Host
 from ....trainers.recipe.options import AS_IT_IS
-from ....trainers.recipe.prompts import text_of
+from ....trainers.recipe.parsing import text_of
 from ....trainers.recipe.recipe import EmbeddingSpec, SliderSpec
 from ....trainers.runs.loss_by_picture import BY_PICTURE
 from ....trainers.runs.loss_by_timestep import BY_TIMESTEP

@@ -54,7 +54,7 @@ from ....trainers.data.scan import MASKS, ScanOptions
 from ....trainers.data.source_images import CONTROL_FOLDERS, WORSE_FOLDER
 from ....trainers.errors import DatasetError, GraftError
 from ....trainers.runs.records import last_loss_by_picture
-from ....trainers.video.pieces import PIECES
+from ....trainers.video import PIECES
 from .. import dataset_folders, paths
 from .control import REGISTRY
 from .http import BODY, Refusal, answering, in_thread, read_number

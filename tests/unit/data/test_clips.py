@@ -9,11 +9,11 @@ import weakref
 
 import numpy as np
 import pytest
+from graft_pack.trainers import video
 from graft_pack.trainers.data import arrays, clips
 from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.errors import DatasetError
-from graft_pack.trainers.video import pieces, video_file
 from PIL import Image
 
 from tests.support.videos import number_of, shade, write_sound, write_video
@@ -295,18 +295,18 @@ def by_four(frames):
 @pytest.mark.parametrize("how, frames", EXTRACTED)
 def test_pieces_are_those_of_musubi_tuner(how, frames):
     expected = [(start, frames) for start in EXTRACTED[how, frames]]
-    assert pieces.choose_pieces(40, frames, NAMES[how], by_four) == expected
+    assert video.choose_pieces(40, frames, NAMES[how], by_four) == expected
 
 
 @pytest.mark.parametrize("count", TRIMMED)
 def test_shorter_clips_are_trimmed_as_by_musubi_tuner(count):
     # Its code trims 31 to 29, since 31 is no 4n+1; the page draws 31.
-    assert pieces.choose_pieces(count, 31, "first", by_four) == [(0, TRIMMED[count])]
+    assert video.choose_pieces(count, 31, "first", by_four) == [(0, TRIMMED[count])]
 
 
 @pytest.mark.parametrize("frames", ROUNDED)
 def test_lengths_are_rounded_as_by_musubi_tuner(frames):
-    assert pieces.choose_pieces(100, frames, "first", by_four) == [(0, ROUNDED[frames])]
+    assert video.choose_pieces(100, frames, "first", by_four) == [(0, ROUNDED[frames])]
 
 
 @pytest.mark.parametrize("rate, target", [(30, 16), (30, 24), (60, 16), (25, 16), (24, 16), (50, 24)])
@@ -315,14 +315,14 @@ def test_frames_are_skipped_to_a_lower_rate_as_by_musubi_tuner(rate, target):
     whole = [index * target // rate for index in range(40)]
     kept = [index for index in range(40) if index == 0 or whole[index] != whole[index - 1]]
     times = np.arange(40) / rate
-    count = pieces.count_at_rate(times[-1], 40, target)
-    assert pieces.frames_at_rate(times, target, 0, count).tolist() == kept
+    count = video.count_at_rate(times[-1], 40, target)
+    assert video.frames_at_rate(times, target, 0, count).tolist() == kept
 
 
 def test_random_pieces_follow_the_seed_alone():
-    chosen = [pieces.choose_pieces(1000, 9, "random", by_four, seed) for seed in ("1", "1", "2")]
+    chosen = [video.choose_pieces(1000, 9, "random", by_four, seed) for seed in ("1", "1", "2")]
     assert chosen[0] == chosen[1] != chosen[2]
-    assert len(chosen[0]) == pieces.SAMPLES
+    assert len(chosen[0]) == video.SAMPLES
     assert all(0 <= start <= 991 and length == 9 for start, length in chosen[0])
 
 
@@ -334,7 +334,7 @@ def test_of_three_hours_few_frames_are_decoded_and_held(tmp_path, monkeypatch):
     write_video(tmp_path / "a.mp4", count, size=(16, 16), rate=1, keyframes=12, options=QUICK)
     held: list = []
     most, decoded = 0, 0
-    real, decode = video_file._upright, video_file._decode
+    real, decode = video._upright, video._decode
 
     def counting(container, stream):
         nonlocal decoded
@@ -349,17 +349,17 @@ def test_of_three_hours_few_frames_are_decoded_and_held(tmp_path, monkeypatch):
         most = max(most, sum(reference() is not None for reference in held))
         return image
 
-    monkeypatch.setattr(video_file, "_upright", counted)
-    monkeypatch.setattr(video_file, "_decode", counting)
+    monkeypatch.setattr(video, "_upright", counted)
+    monkeypatch.setattr(video, "_decode", counting)
     example = one(tmp_path, pieces="uniform", frames=17)
     assert example.clip.count == count and decoded == 1
-    for start, length in pieces.choose_pieces(count, 17, "uniform", by_four):
+    for start, length in video.choose_pieces(count, 17, "uniform", by_four):
         got = [number_of(frame) for frame in example.source.frames(start, length)]
         # The gray levels repeat after 36 frames.
         assert got == [(start + place) % 36 for place in range(length)]
     gc.collect()
     # To each piece belong at most the frames from the key frame before it on.
-    assert decoded <= 1 + pieces.SAMPLES * (17 + 12)
+    assert decoded <= 1 + video.SAMPLES * (17 + 12)
     assert most <= 3
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from graft_pack.trainers.formats.network import network_fields
+from graft_pack.trainers.formats.kohya import network_fields
 
 from tests.support import diffusers_host
 

@@ -1,1 +1,0 @@
-"""Frames of video files, and the pieces of clips that are trained on."""
