@@ -20,8 +20,7 @@ from ..runs.reports import has_stopped_falling, report_early_stop, report_pictur
 from ..runs.run import STOPPED, Run
 from ..steps.pending_step import PendingStep, StepNumbers
 from ..steps.plan import Plan, Window
-from ..steps.preference import accuracy_of
-from ..steps.step import fixed_losses, pin_samples, sample_losses
+from ..steps.step import accuracy_of, fixed_losses, pin_samples, sample_losses
 from .accumulation import accumulate_gradients
 from .checkpointer import Checkpointer
 from .oom_fallback import OOMFallback

@@ -20,16 +20,15 @@ from .cache_filler import CacheFiller
 from .crops import CroppedExample, all_resolutions, crop_examples, held_out
 from .dataset_caches import DatasetCaches
 from .dataset_warnings import list_warnings
+from .items import DatasetItem, slider_items
 from .preview_sources import named_sources, preview_sources
 from .samples import SampleReader
-from .slider_items import slider_items
 
 if TYPE_CHECKING:
     from ..data.examples import Dataset, Example
     from ..protocols import Host
     from ..recipe.recipe import Recipe
     from ..runs.folders import Folders
-    from .items import DatasetItem
     from .preview_sources import PreviewInput
 
 log = logging.getLogger(__name__)

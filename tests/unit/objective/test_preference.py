@@ -16,7 +16,7 @@ from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
 from graft_pack.trainers.protocols import HOLE, Conditioning
 from graft_pack.trainers.runs.records import log_path
 from graft_pack.trainers.steps import step
-from graft_pack.trainers.steps.preference import pair_losses
+from graft_pack.trainers.steps.step import pair_losses
 
 from tests.support import kinds, models
 from tests.support.diffusers_host import (
