@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.masks import check_masks
 from ..data.scan import check_captions
-from ..distributed.follower import follow, lead
+from ..distributed.group import follow, lead
 from ..errors import RunError
 from ..fingerprints import base_digest, embedded_digest
 from ..formats.adapter import Adapter, LazyAdapter, load_adapter

@@ -1,4 +1,4 @@
-"""Safetensors and JSON files, written atomically, with checksums."""
+"""Safetensors files, written atomically, with checksums."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Key of the checksums in a safetensors file's metadata, and of the checksum in a JSON object.
+# Key of the checksums in a file's metadata.
 CHECKSUMS = "graft_checksums"
 
 _DTYPES = {

@@ -1,6 +1,5 @@
 // The dataset page: the pictures and captions of a folder in a dialog, to look at and to edit.
-import { button, make, openDialog, say } from "../panel/make.js";
-import { throttled } from "../panel/throttle.js";
+import { button, make, openDialog, say, throttled } from "../panel/make.js";
 import { ABOUT_LOSS } from "../panel/words.js";
 import { t } from "../texts.js";
 import { Actions } from "./actions.js";

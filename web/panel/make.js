@@ -1,4 +1,4 @@
-// Page elements. Text is set as text, never as markup: file names, run names and errors are untrusted.
+// Page elements, and updates of them. Text is set as text, never as markup: file names, run names and errors are untrusted.
 
 // Return an element with attributes and children; string children become text, null children are dropped.
 export function make(tag, attributes = {}, ...children) {
@@ -41,4 +41,23 @@ export function say(element, text) {
 
 export function mark(element, name, value) {
   if (element.getAttribute(name) !== String(value)) element.setAttribute(name, value);
+}
+
+// Return a function that runs `work` soon, at most once per `pause` milliseconds and only while the page is visible.
+export function throttled(work, pause) {
+  let waiting = false;
+  let last = -Infinity;
+  const run = () =>
+    requestAnimationFrame(() => {
+      waiting = false;
+      last = performance.now();
+      work();
+    });
+  return () => {
+    if (waiting) return;
+    waiting = true;
+    const rest = pause - (performance.now() - last);
+    if (rest > 0) setTimeout(run, rest);
+    else run();
+  };
 }

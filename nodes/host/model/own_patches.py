@@ -47,9 +47,12 @@ class OwnPatch(WeightAdapterBase):
         original_weight=None,
     ):
         """Add the difference to the weight in place. `function` is its own inverse: it exchanges halves of rows."""
-        plain = function(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-        weight += function((strength * self.weights[0](plain)).to(weight.dtype))
+        weight += function(self._scaled_difference(weight, strength, function))
         return weight
+
+    def _scaled_difference(self, weight, strength, function) -> torch.Tensor:
+        plain = function(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+        return (strength * self.weights[0](plain)).to(weight.dtype)
 
 
 class LazyPatch(OwnPatch):
@@ -59,21 +62,9 @@ class LazyPatch(OwnPatch):
         weights: (function that returns the difference, ).
     """
 
-    def calculate_weight(
-        self,
-        weight,
-        key,
-        strength,
-        strength_model,
-        offset,
-        function,
-        intermediate_dtype=torch.float32,
-        original_weight=None,
-    ):
-        """Add the difference to the weight in place, with the operations of ComfyUI's own difference."""
-        difference = comfy.model_management.cast_to_device(self.weights[0](), weight.device, weight.dtype)
-        weight += function(strength * difference)
-        return weight
+    def _scaled_difference(self, weight, strength, function) -> torch.Tensor:
+        # The operations of ComfyUI's own difference.
+        return strength * comfy.model_management.cast_to_device(self.weights[0](), weight.device, weight.dtype)
 
 
 def lazy_patches(patches: dict, tensors: dict[str, torch.Tensor], adapter: LazyAdapter) -> dict:
