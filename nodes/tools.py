@@ -341,6 +341,10 @@ def _levels_of(name: str, loss: dict) -> tuple[LossByTimestep, int]:
     )
 
 
+# Of a moving preview: Wan's own.
+_FRAME_RATE = 16
+
+
 class GraftCompare(io.ComfyNode):
     """Node that draws a grid of images: prompts by adapters, saves of a run, and strengths."""
 
@@ -374,6 +378,14 @@ class GraftCompare(io.ComfyNode):
                 inputs.seed("Seed for the noise of the first row. Each next row adds 1."),
                 Adapter.Input("adapter", optional=True, tooltip="From a training or loading node."),
                 Adapter.Input("adapter_b", optional=True, tooltip="A second adapter to compare."),
+                io.Int.Input(
+                    "frames",
+                    default=1,
+                    min=1,
+                    max=10000,
+                    optional=True,
+                    tooltip="For video models: frames of a clip, rounded down to what the VAE takes. 1: stills.",
+                ),
             ],
             outputs=[
                 io.Image.Output("image", display_name="image"),
@@ -413,17 +425,37 @@ class GraftCompare(io.ComfyNode):
         seed,
         adapter=None,
         adapter_b=None,
+        frames=1,
     ) -> io.NodeOutput:
         from .host.actions.compare import CompareRequest, compare
 
         arrived = {"model": model, "clip": clip, "vae": vae, "adapter": adapter, "adapter_b": adapter_b, "cfg": cfg}
         with named(cls, **arrived):
             request = CompareRequest(
-                prompts, strengths, files, negative_prompt, steps, cfg, sampler_name, scheduler, resolution, seed
+                prompts,
+                strengths,
+                files,
+                negative_prompt,
+                steps,
+                cfg,
+                sampler_name,
+                scheduler,
+                resolution,
+                seed,
+                frames,
             )
             adapters = {"adapter": adapter, "adapter b": adapter_b}
             image, pictures = compare(model, clip, vae, request, adapters, cls.hidden.unique_id)
-            return io.NodeOutput(image, pictures, ui=ui.PreviewImage(image, cls=cls))
+            return io.NodeOutput(image, pictures, ui=_preview(image, cls))
+
+
+def _preview(image, node) -> ui.PreviewImage | ui.SavedImages:
+    """Return a preview of a picture, or of frames [T, H, W, 3] as animated WebP in ComfyUI's temporary folder."""
+    if len(image) == 1:
+        return ui.PreviewImage(image, cls=node)
+    saving = {"fps": _FRAME_RATE, "lossless": False, "quality": 85, "method": 4}
+    saved = ui.ImageSaveHelper.save_animated_webp(image, "graft_compare", io.FolderType.temp, node, **saving)
+    return ui.SavedImages([saved], is_animated=True)
 
 
 NODES = [GraftMergeAdapters, GraftResizeAdapter, GraftExtractAdapter, GraftInspectAdapter, GraftPlotLoss, GraftCompare]

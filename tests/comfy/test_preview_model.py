@@ -92,8 +92,7 @@ def drawn_by_nodes(model, clip, vae, prompt):
 @torch.inference_mode()
 def applied_by_nodes(done, model, clip, strength):
     """Apply what was trained as Graft's nodes do."""
-    from graft_pack.nodes.adapter import GraftApplyAdapter
-    from graft_pack.nodes.adapter import GraftApplyEmbedding
+    from graft_pack.nodes.adapter import GraftApplyAdapter, GraftApplyEmbedding
 
     model, clip = GraftApplyAdapter.execute(model, done.adapter, strength, strength, clip).result
     if done.embedding is not None:

@@ -25,7 +25,7 @@ from ..errors import DatasetError
 from ..formats.atomic import refuse_links, write_bytes
 from ..inspection.near_duplicates import find_near_duplicates, signatures
 from ..inspection.report import Finding, inspect_example, lacks_trigger
-from ..video.pieces import count_at_rate
+from ..video import count_at_rate
 from .caption_edits import Caption, CaptionReader
 from .folder import list_pictures, measure_source, source_of
 
