@@ -50,18 +50,42 @@ def trained(server):
     return server.run(prompt, timeout=900)["outputs"]["9"]["text"][0]
 
 
-@pytest.fixture(scope="module")
-def trained_on(server, trained):
+def joined_datasets(prompt):
+    """Add the first trainer's own pictures; return the link of the dataset."""
+    prompt["6"] = graphs.node("GraftCombineDatasets", dataset_a=["2", 0], dataset_b=["4", 0])
+    return ["6", 0]
+
+
+_DRAWN = {"steps": 20, "cfg": 0.0, "resolution": 64, "negative_prompt": "", "sampler_name": "auto", "scheduler": "auto"}
+
+
+def drawn_pictures(prompt):
+    """Add pictures that the first trainer's model draws of its object, as a prior; return the link of the dataset."""
+    model = {name: ["3", place] for place, name in enumerate(("model", "clip"))}
+    links = []
+    for place, background in enumerate(world.BACKGROUNDS):
+        caption = world.toy_caption(background)
+        drawing = {"class_prompt": caption, "count": 4, "seed": 100 * place, "batch_size": 4}
+        prompt[f"6{place}"] = graphs.node("GraftClassImages", **model, vae=["1", 2], **_DRAWN, **drawing)
+        links.append([f"6{place}", 0])
+        if place:
+            prompt[f"7{place}"] = graphs.node("GraftCombineDatasets", dataset_a=links[0], dataset_b=links[1])
+            links = [[f"7{place}", 0]]
+    prompt["8"] = graphs.node("GraftPriorPreservation", dataset=["4", 0], class_dataset=links[0], weight=1.0)
+    return ["8", 0]
+
+
+@pytest.fixture(scope="module", params=[joined_datasets, drawn_pictures], ids=lambda add: add.__name__)
+def trained_on(request, server, trained):
     """Return the path of the LoRA that a second trainer made of the first one's, with the pictures of another concept.
 
-    The first one's pictures are among them: without them, the second trainer forgets the first object.
+    Without anything of the first object, the second trainer forgets it.
     """
     shutil.copytree(world.CONCEPT_FOLDER / "tint", server.path("input", "concept-tint"), dirs_exist_ok=True)
     prompt = graphs.training("concept", STEPS, **WIDGETS)
     other = graphs.training("concept-tint", TINT_STEPS, **{**WIDGETS, "rank": 0})
     prompt["4"] = other["2"]
-    prompt["6"] = graphs.node("GraftCombineDatasets", dataset_a=["2", 0], dataset_b=["4", 0])
-    links = {"dataset": ["6", 0], "adapter": ["3", 2]}
+    links = {"dataset": request.param(prompt), "adapter": ["3", 2]}
     prompt["5"] = {**other["3"], "inputs": {**other["3"]["inputs"], **links}}
     prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["5", 2], filename_prefix="both", format="kohya")
     return server.run(prompt, timeout=900)["outputs"]["9"]["text"][0]
