@@ -180,4 +180,4 @@ def frames_at_rate(times: np.ndarray | Sequence[float], rate: float, start: int,
     times = np.asarray(times)
     following = np.minimum(np.searchsorted(times, wanted / rate - _ROUNDING), len(times) - 1)
     is_late = times[following] >= (wanted + 1) / rate - _ROUNDING
-    return following - is_late
+    return np.maximum(following - is_late, 0)

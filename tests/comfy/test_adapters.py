@@ -455,12 +455,48 @@ def test_training_goes_on_from_a_file(kind, tmp_path):
         save_adapter(str(path), first.adapter, "first", format)
         more = {**fields, "start_from": str(path), "steps": 1, "learning_rate": 1e-12}
         if format == "kohya" and kind in ("DoRA", "OFT", "BOFT", "IA3", "LoHa wd", "LoKr wd"):
-            with pytest.raises(ModelError, match=f"does not have the tensors that {type_of(kind)} trains.*peft folder"):
+            # peft has no form of a LoHa or LoKr with magnitudes.
+            cure = "Graft Apply Adapter" if kind.endswith(" wd") else "peft folder"
+            with pytest.raises(ModelError, match=f"does not have the tensors that {type_of(kind)} trains.*{cure}"):
                 run_session(tmp_path, **more)
             continue
         second = run_session(tmp_path, **more)
         assert second.run.name != first.run.name
         assert models.distance(joined(second.adapter), joined(first.adapter)) <= 1e-5
+
+
+def test_a_file_that_lacks_what_an_argument_adds_names_the_argument(tmp_path):
+    """Tucker's core is merged into a kohya file, which therefore has none."""
+    fields = {"rank": 2, "alpha": 2.0, "batch_size": 2, **short_fields("LoRA tucker"), "targets": "linear + conv"}
+    path = tmp_path / "first.safetensors"
+    save_adapter(str(path), run_session(tmp_path, **fields, steps=1).adapter, "first", "kohya")
+    with pytest.raises(ModelError, match="lacks .*Leave use_tucker out of adapter_args"):
+        run_session(tmp_path, **fields, start_from=str(path), steps=1)
+
+
+@pytest.mark.parametrize("rank", [32, 64])
+def test_a_glora_as_wide_as_its_layers_is_not_taken_for_one_of_lycoris_1(rank, model, base, comfy, tmp_path):
+    """A square layer whose rank is its width fits both layouts; the file holds one more rank of zeros."""
+    from graft_pack.nodes.host.model.lora import apply_adapter
+
+    import nodes
+
+    done = train(model, "GLoRA", tmp_path, rank=rank, alpha=7.0)
+    path = comfy.base / "models" / "loras" / f"glora-{rank}.safetensors"
+    save_adapter(str(path), done.adapter, "GLoRA")
+    assert_applied(output_of(nodes.LoraLoader().load_lora(model, None, path.name, 1.0, 1.0)[0]), done, base)
+    back = load_adapter(str(path))
+    assert_applied(output_of(apply_adapter(model, None, back, 1.0, 1.0)[0]), done, base)
+
+
+@pytest.mark.parametrize("rank", [31, 32])
+def test_training_goes_on_from_a_glora_as_wide_as_its_layers(rank, tmp_path):
+    fields = {"rank": rank, "alpha": 7.0, "batch_size": 2, **short_fields("GLoRA")}
+    first = run_session(tmp_path, **fields, steps=2)
+    path = tmp_path / "first.safetensors"
+    save_adapter(str(path), first.adapter, "first")
+    second = run_session(tmp_path, **fields, start_from=str(path), steps=1, learning_rate=1e-12)
+    assert models.distance(joined(second.adapter), joined(first.adapter)) <= 1e-5
 
 
 def test_lora_fa_trains_b_alone(tmp_path):

@@ -178,6 +178,10 @@ def test_a_jobs_readme_starts_it_and_its_check_names_what_is_missing(server, dat
     assert str(job.relative_to(server.comfy)) in commands["torchrun"]
     done = launch(server, job, commands["check"], "--cpu")
     assert done.returncode == 0 and "nothing is missing" in done.stderr, done.stdout + done.stderr
+    # A folder that a run makes later.
+    later = server.path("later", "output")
+    done = launch(server, job, commands["check"], "--cpu", "--output-directory", str(later))
+    assert done.returncode == 0 and not later.parent.exists(), done.stdout + done.stderr
     done = launch(server, job, commands["torchrun"], "--cpu")
     assert done.returncode == 0, done.stdout + done.stderr
     run = runs.find_run(server, "told")

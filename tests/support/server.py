@@ -194,8 +194,11 @@ class ComfyServer:
         return not queue["queue_running"] and not queue["queue_pending"]
 
     def free(self):
-        """Unload the models and drop the cached outputs, as the button does; the effect comes shortly after."""
+        """Unload the models and drop the cached outputs, as the button does."""
         self.post("/free", {"unload_models": True, "free_memory": True})
+        # ComfyUI does so when its queue is idle, or after a prompt, so this one makes sure of it.
+        empty = {"class_type": "EmptyImage", "inputs": {"width": 1, "height": 1, "batch_size": 1, "color": 0}}
+        self.run({"1": empty, "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}})
 
     # Nodes and outputs
 

@@ -401,6 +401,26 @@ def test_killed_and_resumed_it_gives_the_same_bits(name, tmp_path, monkeypatch):
         assert any(slots["state1"].dtype == torch.uint8 for slots in kept_state(straight).optimizer.values())
 
 
+@pytest.mark.parametrize("method, arguments", [("OFT", ()), ("LoKr", (("dora_wd", True),))], ids=["OFT", "LoKr wd"])
+def test_preconditioners_that_lie_transposed_resume_to_the_same_bits(method, arguments, tmp_path):
+    """A file keeps values alone; the order of the axes in memory decides a product's last bits."""
+    fields = {
+        "optimizer": "SOAP",
+        "method": method,
+        "steps": 4,
+        "batch_size": 1,
+        "save_every": 2,
+        "learning_rate": 1e-3,
+    }
+    fields |= {"rank": 2, "alpha": 2.0, "adapter_args": arguments}
+    straight = run_session(tmp_path / "straight", **fields)
+    run_session(tmp_path / "cut", **{**fields, "steps": 2})
+    resumed = run_session(tmp_path / "cut", **fields)
+    assert resumed.resumed_from == 2
+    assert same_state(kept_state(resumed), kept_state(straight))
+    assert resumed.losses == straight.losses
+
+
 @pytest.mark.parametrize(
     "name, kept",
     [("Prodigy", {"d", "d_max", "d_numerator", "k"}), ("AdamWScheduleFree", {"k", "weight_sum", "lr_max"})],

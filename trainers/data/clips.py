@@ -18,6 +18,7 @@ from ..video import RANDOM, SUFFIXES, VideoFile, choose_pieces, count_at_rate, f
 from .examples import Clip, Source
 from .index import mark_of
 from .listing import File, Listing, list_folder, stem_of
+from .masks import MASK_FOLDERS
 from .pictures import FileSource, are_facts, is_picture, measure_facts, measured, open_bytes, read_bytes, reading
 from .pixel_formats import turn_upright, upright_rgb
 
@@ -144,7 +145,7 @@ class AnimationSource(_FileClip):
     def _times(self) -> np.ndarray:
         image = self._image()
         shown = []
-        for number in range(image.n_frames):
+        for number in range(_first_of(image), image.n_frames):
             image.seek(number)
             image.load()
             duration = image.info.get("duration") or 0
@@ -153,10 +154,16 @@ class AnimationSource(_FileClip):
 
     def _decoded(self, first: int) -> Iterator[tuple[int, Image.Image]]:
         image = self._image()
-        for number in range(first, image.n_frames):
-            image.seek(number)
+        hidden = _first_of(image)
+        for number in range(first, image.n_frames - hidden):
+            image.seek(number + hidden)
             # Convert a copy: turning changes the picture in place.
             yield number, upright_rgb(turn_upright(image.copy()))
+
+
+def _first_of(image: Image.Image) -> int:
+    """Return the number of an animation's first frame: 1 after an APNG's picture for programs that show stills."""
+    return int(bool(getattr(image, "default_image", False)))
 
 
 class FramesSource(ClipSource):
@@ -254,7 +261,8 @@ class ClipFiles:
             by_folder.setdefault(posixpath.dirname(name), []).append(file)
         files = dict(listing.files)
         for folder, members in by_folder.items():
-            frames = _in_order(members) if folder in captioned else None
+            is_of_masks = posixpath.basename(folder).lower() in MASK_FOLDERS
+            frames = _in_order(members) if folder in captioned and not is_of_masks else None
             if frames is not None:
                 for frame in frames:
                     del files[frame.name]

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .index import Index
     from .scan import ScanOptions
 
-_FOLDERS = ("masks", "mask")
+MASK_FOLDERS = ("masks", "mask")
 SUFFIX = "-masklabel"
+_MOVING = "a mask that is a clip; save one of its frames as PNG, which then masks all frames"
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class OwnMasks:
     Attributes:
         by_stem: the mask of each picture, by the picture's stem.
         lonely: names of masks without a picture.
+        moving: names of masks that are clips.
     """
 
     by_stem: dict[str, File]
     files: set[str]
     lonely: list[str]
+    moving: list[str]
 
 
 def own_masks(listing: Listing, takes: Callable[[str], bool] = is_picture) -> OwnMasks:
@@ -46,13 +49,16 @@ def own_masks(listing: Listing, takes: Callable[[str], bool] = is_picture) -> Ow
     by_stem: dict[str, File] = {}
     files: set[str] = set()
     folders: dict[str, list[tuple[str, str]]] = {}
-    lonely = []
+    lonely, moving = [], []
     for name in listing.files:
-        if not is_picture(name):
+        if not (is_picture(name) or takes(name)):
             continue
         stem = stem_of(name)
         if stem.lower().endswith(SUFFIX):
             files.add(name)
+            if not is_picture(name):
+                moving.append(name)
+                continue
             of = owners.of(mask_owner(name))
             by_stem.update(dict.fromkeys(of, listing.files[name]))
             if not of:
@@ -60,7 +66,7 @@ def own_masks(listing: Listing, takes: Callable[[str], bool] = is_picture) -> Ow
             continue
         parts = stem.split("/")
         for depth, part in enumerate(parts[:-1]):
-            if part.lower() in _FOLDERS:
+            if part.lower() in MASK_FOLDERS:
                 owner = "/".join(parts[:depth] + parts[depth + 1 :])
                 folders.setdefault("/".join(parts[: depth + 1]), []).append((name, owner))
                 break
@@ -70,12 +76,15 @@ def own_masks(listing: Listing, takes: Callable[[str], bool] = is_picture) -> Ow
             continue
         for name, owner in members:
             files.add(name)
+            if not is_picture(name):
+                moving.append(name)
+                continue
             of = owners.of(owner)
             for stem in of:
                 by_stem.setdefault(stem, listing.files[name])
             if not of:
                 lonely.append(name)
-    return OwnMasks(by_stem, files, lonely)
+    return OwnMasks(by_stem, files, lonely, moving)
 
 
 def mask_owner(name: str) -> str:
@@ -98,6 +107,7 @@ class Masks:
         own = own_masks(listing, options.takes)
         self.pictures = [file for name, file in listing.files.items() if options.takes(name) and name not in own.files]
         self.without_picture = [LeftOut(name, "a mask without its picture") for name in own.lonely]
+        self.without_picture += [LeftOut(name, _MOVING) for name in own.moving]
         self.left_out: list[LeftOut] = []
         self._takes = options.takes
         self._use_alpha = options.masks == "alpha"
@@ -116,7 +126,10 @@ class Masks:
         for name, file in folder.files.items():
             stems = owners.of(mask_owner(name)) if is_picture(name) else ()
             by_stem.update(dict.fromkeys(stems, file))
-            reason = "a mask without its picture" if is_picture(name) else why_unread(name)
+            if is_picture(name):
+                reason = "a mask without its picture"
+            else:
+                reason = _MOVING if self._takes(name) else why_unread(name)
             if not stems and reason:
                 self.left_out.append(LeftOut(name, reason))
         return by_stem

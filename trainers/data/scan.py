@@ -13,7 +13,7 @@ from ..text import join_first
 from ..video import PIECES
 from . import captions
 from .caption_files import CaptionFiles
-from .clips import ClipFiles, check_frames, is_media
+from .clips import FRAMES, ClipFiles, check_frames, is_media
 from .dataset_file import EXCLUDED, NAME, read_dataset_file
 from .examples import Augmentation, Dataset, Example, LeftOut, reason_of, shortened
 from .index import Index, listing_fingerprint
@@ -276,7 +276,8 @@ class _Reader:
         )
 
     def _repeats_of(self, name: str) -> tuple[int, str, str]:
-        parts = name.split("/")[:-1]
+        # A folder of frames may repeat itself.
+        parts = name.removesuffix(FRAMES).split("/")[: None if name.endswith(FRAMES) else -1]
         chosen = None
         for depth in range(len(parts), -1, -1):
             folder = parts[depth - 1] if depth else os.path.basename(self._listing.root)

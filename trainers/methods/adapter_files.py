@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 
 APPLY = "Apply it with Graft Apply Adapter before the training node instead."
+# Arguments of the type whose layers a file without their tensors does not have.
+_ARGUMENTS = {"lora_mid": "use_tucker", "hada_t1": "use_tucker", "hada_t2": "use_tucker", "lokr_t2": "use_tucker"}
+_ARGUMENTS |= {"dora_scale": "dora_wd", "lora_magnitude_vector": "dora_wd"}
 _RANKS = "Use the rank and block_ranks it was trained with. A LoRA fits into larger ones, too."
 
 
@@ -104,7 +107,9 @@ class StartValues:
                 )
         missing = [name for name, value in values.items() if value is None]
         if missing:
-            raise mismatch(f"lacks {missing[0]}", "Use the targets it was trained with.")
+            argument = _ARGUMENTS.get(parse_name(missing[0]).stem.split(".")[0])
+            cure = f"Leave {argument} out of adapter_args" if argument else "Use the targets it was trained with"
+            raise mismatch(f"lacks {missing[0]}", f"{cure}.")
         return values, used
 
     def _tensors_of(self, path: str) -> tuple[str | None, dict[str, torch.Tensor], set[str]]:
@@ -170,7 +175,7 @@ class StartValues:
         if self._adapter.made_by() == own:
             return mismatch(
                 f"does not have the tensors that {own} trains",
-                "Start from the peft folder that Graft Save Adapter writes.",
+                APPLY if own in ("LoHa", "LoKr") else "Start from the peft folder that Graft Save Adapter writes.",
             )
         ends = ", ".join(sorted(tensors.keys() - {ALPHA}))
         fits_other = kind in METHODS and METHODS[kind].values_of_host(tensors) is not None

@@ -127,6 +127,28 @@ class Optimizer:
                     f"It takes {', '.join(known)}. learning_rate and weight_decay have inputs of their own.",
                     "optimizer_args",
                 )
+        self._try_step(recipe)
+
+    def _try_step(self, recipe: Recipe) -> None:
+        """Make a step with a small matrix. Raise SettingsError if the optimizer refuses the user's arguments."""
+        import torch
+
+        weight = torch.nn.Parameter(torch.ones(4, 4))
+        weight.grad = torch.ones(4, 4)
+        group = {"params": [weight], "lr": recipe.learning_rate, "weight_decay": recipe.weight_decay}
+        try:
+            optimizer = self.make([group], recipe)
+            if hasattr(optimizer, "train"):
+                optimizer.train()
+            # The kernels of bitsandbytes need a GPU.
+            if not type(optimizer).__module__.startswith("bitsandbytes"):
+                optimizer.step()
+        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise SettingsError(
+                f"{recipe.optimizer} cannot use optimizer_args: {error}.",
+                "Correct the value, or remove it.",
+                "optimizer_args",
+            ) from error
 
     def mistaken_rate(self, rate: float) -> str:
         """Return a warning if the recipe's learning rate is far from this optimizer's range, else an empty string."""

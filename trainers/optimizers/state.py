@@ -43,6 +43,10 @@ def parameter_groups(groups: Sequence[Group], trainables: dict[str, torch.nn.Par
 _SET_AT_START = {"params", "lr", "weight_decay"}
 
 
+# Ending of a matrix in a list that is kept transposed.
+_TURNED = "/t"
+
+
 def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]], list[dict[str, Any]]]:
     """Return the state of an optimizer.
 
@@ -68,7 +72,11 @@ def _flat(state: dict[str, Any]) -> dict[str, Any]:
     for name, value in state.items():
         if isinstance(value, list):
             flat[f"{name}/count"] = len(value)
-            flat.update({f"{name}/{place}": entry for place, entry in enumerate(value) if len(entry)})
+            for place, entry in enumerate(value):
+                if len(entry):
+                    # A file loses the order of the axes in memory, and with it the last bits of a product.
+                    is_turned = entry.dim() == 2 and not entry.is_contiguous() and entry.t().is_contiguous()
+                    flat[f"{name}/{place}{_TURNED * is_turned}"] = entry.t() if is_turned else entry
         else:
             flat[name] = value
     return flat
@@ -78,8 +86,12 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     """Return the state that `_flat` was made of."""
     state = {name: value for name, value in flat.items() if "/" not in name}
     for name in [name.removesuffix("/count") for name in flat if name.endswith("/count")]:
-        state[name] = [flat.get(f"{name}/{place}", []) for place in range(flat[f"{name}/count"])]
+        state[name] = [_entry(flat, f"{name}/{place}") for place in range(flat[f"{name}/count"])]
     return state
+
+
+def _entry(flat: dict[str, Any], name: str) -> Any:
+    return flat[name + _TURNED].t() if name + _TURNED in flat else flat.get(name, [])
 
 
 def _changed(name: str, value: Any, defaults: dict[str, Any]) -> bool:

@@ -42,10 +42,16 @@ def main(folder: str) -> int:
 
 def _problems_of_output() -> list[str]:
     """Return what hinders writing the run."""
-    folder = paths.folders().runs
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    return [] if os.access(folder, os.W_OK) else [f"The output folder '{folder}' cannot be written."]
+    folder = _existing(paths.folders().runs)
+    can_write = os.path.isdir(folder) and os.access(folder, os.W_OK)
+    return [] if can_write else [f"The output folder '{folder}' cannot be written."]
+
+
+def _existing(path: str) -> str:
+    """Return a path, or the first of the folders above it that exists."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def _notes(job: Job) -> Iterator[str]:
@@ -53,9 +59,10 @@ def _notes(job: Job) -> Iterator[str]:
     device = comfy.model_management.get_torch_device()
     memory = comfy.model_management.get_total_memory(device) / 1e9
     yield f"{count_devices(device)} device(s), {comfy.model_management.get_torch_device_name(device)}, {memory:.1f} GB"
-    output = folder_paths.get_output_directory()
+    output = _existing(folder_paths.get_output_directory())
     yield f"{shutil.disk_usage(output).free / 1e9:.0f} GB free in {output}"
+    exported = job.base.get("versions")
     for name, here in provenance.versions().items():
-        there = job.base.get("versions", {}).get(name, here)
+        there = exported.get(name, here) if isinstance(exported, dict) else here
         if there != here:
             yield f"{name} is {here} here and was {there} at the export. Results may differ in their last digits."

@@ -191,11 +191,17 @@ def check_files(base: dict[str, Any]) -> None:
 
 def problems(base: dict[str, Any]) -> Iterator[ModelError]:
     """Yield an error for each file and each node of a base that this ComfyUI lacks, or has another one of."""
-    yield from _file_problems(base)
-    _load_core_nodes(base)
-    for kind in sorted({node["class_type"] for node in base["nodes"].values()}):
-        if not _is_core(kind):
-            yield _no_node(kind)
+    try:
+        yield from _file_problems(base)
+        _load_core_nodes(base)
+        for kind in sorted({node["class_type"] for node in base["nodes"].values()}):
+            if not _is_core(kind):
+                yield _no_node(kind)
+        # The worker reads these too.
+        for name in ("sockets", "fingerprints"):
+            dict(base[name])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        yield ModelError(f"The job's base is damaged: {error!r:.100}.", "Export the job again.")
 
 
 def _file_problems(base: dict[str, Any]) -> Iterator[ModelError]:

@@ -220,6 +220,52 @@ def test_captions_masks_repeats_and_held_out_clips_are_as_for_pictures(tmp_path)
     assert (second.captions, second.held_out, second.mask) == (("a cat",), True, None)
 
 
+def test_masks_that_are_clips_are_named_and_not_trained_on(tmp_path):
+    for name in ("a.mp4", "masks/a.mp4", "b.mp4", "b-masklabel.mp4"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_video(tmp_path / name, 5)
+    outside = tmp_path.parent / f"{tmp_path.name}-masks"
+    outside.mkdir()
+    write_video(outside / "a.mp4", 5)
+    for options in ({}, {"masks": "off"}, {"mask_folder": str(outside)}):
+        dataset = read(tmp_path, **options)
+        assert [example.source.name for example in dataset.examples] == ["a.mp4", "b.mp4"]
+        named = [row.name for row in dataset.left_out if "a mask that is a clip; save one of its frames" in row.reason]
+        assert {"masks/a.mp4", "b-masklabel.mp4"} <= {*named}
+        assert ("a.mp4" in named) == ("mask_folder" in options)
+
+
+def test_a_folder_of_masks_with_a_note_is_no_clip(tmp_path):
+    (tmp_path / "masks").mkdir()
+    for number, frame in enumerate(frames_of(3)):
+        frame.save(tmp_path / f"{number}.png")
+        Image.new("L", (32, 24), 255).save(tmp_path / "masks" / f"{number}.png")
+    (tmp_path / "masks.txt").write_text("white is learned")
+    dataset = read(tmp_path)
+    assert [example.mask.name for example in dataset.examples] == [f"masks/{number}.png" for number in range(3)]
+
+
+def test_a_folder_of_frames_repeats_by_its_own_name(tmp_path):
+    (tmp_path / "5_spin").mkdir()
+    for number, frame in enumerate(frames_of(6)):
+        frame.save(tmp_path / "5_spin" / f"{number}.png")
+    (tmp_path / "5_spin.txt").write_text("it spins")
+    assert one(tmp_path).repeats == 5
+
+
+def test_the_still_that_an_apng_shows_elsewhere_is_no_frame(tmp_path):
+    first, *rest = frames_of(6)
+    first.save(tmp_path / "a.apng", format="PNG", save_all=True, append_images=rest, default_image=True, duration=100)
+    example = one(tmp_path)
+    assert example.clip.count == 5 and numbers(example) == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp"])
+def test_the_highest_frame_rate_repeats_frames(tmp_path, name):
+    animate(tmp_path / name, 3, **({"lossless": True} if name == "a.webp" else {}))
+    assert numbers(one(tmp_path, frame_rate=1000.0))[:2] == [0, 0]
+
+
 def test_a_clip_has_no_worse_picture(tmp_path):
     write_video(tmp_path / "data.mp4")
     (tmp_path / "worse").mkdir()

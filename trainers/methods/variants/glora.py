@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 # Names in LyCORIS' file: a2 and b2 map inputs to the rank, a1 and b1 map the rank back.
 _FILE = {"glora_a1": "a1.weight", "glora_a2": "a2.weight", "lora_B": "b1.weight", "lora_A": "b2.weight"}
+_RANK_AXIS = {"glora_a1": 1, "glora_a2": 0, "lora_B": 1, "lora_A": 0}
+
+
+def _is_ambiguous(values: dict[str, torch.Tensor], rank: int) -> bool:
+    return rank == len(values["glora_a1"]) == len(values["lora_B"])
 
 
 class GLoRA(PeftMethod):
@@ -65,10 +70,18 @@ class GLoRA(PeftMethod):
         layer.forward = forward
 
     def export_layer(self, layer: Layer) -> dict[str, torch.Tensor]:
-        """Return LyCORIS's tensors, with alpha."""
-        import torch
+        """Return LyCORIS's tensors, with alpha.
 
-        return {**{_FILE[stem]: value for stem, value in layer.values.items()}, ALPHA: torch.tensor(layer.alpha)}
+        Readers take a square layer whose rank is its width for one of LyCORIS 1. One more rank of zeros prevents that.
+        """
+        import torch
+        from torch.nn.functional import pad
+
+        values, alpha = layer.values, layer.alpha
+        if _is_ambiguous(values, layer.rank):
+            values = {stem: pad(v, (0,) * 2 * (v.dim() - 1 - _RANK_AXIS[stem]) + (0, 1)) for stem, v in values.items()}
+            alpha *= (layer.rank + 1) / layer.rank
+        return {**{_FILE[stem]: value for stem, value in values.items()}, ALPHA: torch.tensor(alpha)}
 
     def values_of_host(self, tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], float] | None:
         """Return the factors with the scale in a1 and b1, or None for the layout of LyCORIS 1."""
@@ -78,7 +91,11 @@ class GLoRA(PeftMethod):
         rank = len(values["glora_a2"])
         if any(values[stem].shape[1] != rank for stem in ("glora_a1", "lora_B")) or len(values["lora_A"]) != rank:
             return None
-        return values, float(tensors[ALPHA]) / rank if ALPHA in tensors else 1.0
+        scale = float(tensors[ALPHA]) / rank if ALPHA in tensors else 1.0
+        less = {stem: value.narrow(_RANK_AXIS[stem], 0, rank - 1) for stem, value in values.items()}
+        if _is_ambiguous(less, rank - 1) and not any(values[stem][:, -1].any() for stem in self.zero_init):
+            values = less  # the rank of zeros that `export_layer` added
+        return values, scale
 
     def rescaled(self, values: dict[str, torch.Tensor], factor: float) -> dict[str, torch.Tensor]:
         """Return values with the factor in a1 and b1."""
