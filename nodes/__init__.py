@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import adapter, class_images, dataset, imports, options, save, tools, train
+from . import adapter, class_images, dataset, options, save, tools, train
 from .checks import find_faults
 from .host import paths
 from .host.server import routes, validation
@@ -17,7 +17,6 @@ NODES = [
     *adapter.NODES,
     *tools.NODES,
     *options.NODES,
-    *imports.NODES,
 ]
 
 
