@@ -76,11 +76,13 @@ def drawn_pictures(prompt):
 
 
 @pytest.fixture(scope="module", params=[joined_datasets, drawn_pictures], ids=lambda add: add.__name__)
-def trained_on(request, server, trained):
+def trained_on(request, server, trained, trials):
     """Return the path of the LoRA that a second trainer made of the first one's, with the pictures of another concept.
 
     Without anything of the first object, the second trainer forgets it.
     """
+    if request.param is joined_datasets and trials(True, False):
+        pytest.skip("it takes minutes, and its pictures are the first one's: `make soak` trains both")
     shutil.copytree(world.CONCEPT_FOLDER / "tint", server.path("input", "concept-tint"), dirs_exist_ok=True)
     prompt = graphs.training("concept", STEPS, **WIDGETS)
     other = graphs.training("concept-tint", TINT_STEPS, **{**WIDGETS, "rank": 0})
