@@ -289,6 +289,8 @@ def test_defaults_depend_on_the_optimizer(optimizer, learning_rate, weight_decay
         ("DAdaptAdam", "optimizer_args", "d0=0"),
         ("pytorch-optimizer", "optimizer_args", "eps=1e-6"),
         ("pytorch-optimizer", "optimizer_args", "name=LBFGS"),
+        ("pytorch-optimizer", "optimizer_args", "name=LOMO maximize=false"),
+        ("pytorch-optimizer", "optimizer_args", "name=AliG momentum=0.5"),
         ("pytorch-optimizer", "optimizer_args", "name=ADOPT hat=1"),
     ],
 )

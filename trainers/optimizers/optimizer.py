@@ -143,9 +143,9 @@ class Optimizer:
             # The kernels of bitsandbytes need a GPU.
             if not type(optimizer).__module__.startswith("bitsandbytes"):
                 optimizer.step()
-        except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # the libraries have errors of their own
             raise SettingsError(
-                f"{recipe.optimizer} cannot use optimizer_args: {error}.",
+                f"{recipe.optimizer} cannot use optimizer_args: {str(error).rstrip('.')}.",
                 "Correct the value, or remove it.",
                 "optimizer_args",
             ) from error
