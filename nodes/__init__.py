@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import adapter, class_images, dataset, options, save, tools, train
+from . import adapter, class_images, compare, dataset, job, options, save, tools, train
 from .checks import find_faults
 from .host import paths
 from .host.server import routes, validation
@@ -14,8 +14,10 @@ NODES = [
     *save.NODES,
     *class_images.NODES,
     *train.NODES,
+    *job.NODES,
     *adapter.NODES,
     *tools.NODES,
+    *compare.NODES,
     *options.NODES,
 ]
 

@@ -173,3 +173,13 @@ def trained() -> list:
         Adapter.Output("trained_adapter", display_name="adapter"),
         LossMap.Output("loss", display_name="loss"),
     ]
+
+
+def lora_or_all() -> io.Combo.Input:
+    """Return the input for what a node trains."""
+    return choice(
+        "train",
+        ["LoRA", "all weights"],
+        "Train a LoRA, or all weights of the model. rank has no effect on all weights.",
+        optional=True,
+    )

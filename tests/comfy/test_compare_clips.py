@@ -60,7 +60,7 @@ def test_each_cell_plays_what_core_draws(parts):
 @torch.inference_mode()
 def test_the_preview_moves(parts, comfy):
     import folder_paths
-    from graft_pack.nodes.tools import _preview
+    from graft_pack.nodes.compare import _preview
 
     shown = _preview(torch.rand(5, 16, 24, 3), None).as_dict()
     assert shown["animated"] == (True,)
