@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import sys
+import time
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -41,21 +42,29 @@ class ProcessGroup:
         self.machines = [world] if isinstance(world, int) else world
         self.world_size = sum(self.machines)
         self.exitcodes = []
+        self._store = None
 
-    def run(self, task, timeout=240, **arguments):
-        """Run a task in every process and return each answer, None for a lost one; `exitcodes` tells how each ended."""
+    def run(self, task, timeout=240, late=(), **arguments):
+        """Run a task in every process and return each answer, None for a lost one; `exitcodes` tells how each ended.
+
+        A second call restarts the processes as torchrun does, which keeps its store.
+
+        Args:
+            late: ranks that join some seconds after the others.
+        """
         from torch.distributed import TCPStore
 
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(HEAVY)
-        store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
+        if self._store is None:
+            self._store = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=60), wait_for_workers=False)
         members = []
         places = [(place, size) for size in self.machines for place in range(size)]
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            given = {"rank": rank, "world": self.world_size, "port": store.port, "pipe": theirs}
+            given = {"rank": rank, "world": self.world_size, "port": self._store.port, "pipe": theirs}
             given |= {"local_rank": places[rank][0], "local_world": places[rank][1]}
-            given |= {"task": task, "arguments": arguments}
+            given |= {"task": task, "arguments": arguments, "late": rank in late}
             member = context.Process(target=runpy.run_path, args=(__file__, {"GIVEN": given}, WORKER), daemon=True)
             member.start()
             theirs.close()
@@ -94,6 +103,8 @@ def join(given):
 
     # The networks of tests are small, but have several buckets.
     gradient_reducer._FIRST_BYTES, gradient_reducer._BYTES = 1000, 4000
+    if given["late"]:
+        time.sleep(4)
     group = AccelerateGroup(cpu=True)
     given["pipe"].send(TASKS[given["task"]](group, **given["arguments"]))
     group.close()

@@ -198,6 +198,15 @@ def test_an_error_between_two_buckets_ends_all_and_none_waits(tmp_path, after):
     assert answers == ["PeerLostError", "KeyError", "PeerLostError"]
 
 
+@pytest.mark.parametrize("late", [[0], [1]], ids=["main", "other"])
+def test_processes_that_start_again_do_not_look_for_those_before_the_restart(late):
+    group = ProcessGroup(2)
+    first = group.run("reduce", timeout=60)
+    assert group.exitcodes == [0, 0]
+    assert group.run("reduce", timeout=60, late=late) == first
+    assert group.exitcodes == [0, 0]
+
+
 @pytest.fixture
 def spread_alone():
     """Return the group of a single process."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from ..errors import PeerLostError
 from ..process_group import GradientReducer, Group
@@ -15,7 +17,7 @@ from ..process_group import GradientReducer, Group
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from torch.distributed import ProcessGroup
+    from torch.distributed import ProcessGroup, Store
 
     from .fsdp import ShardedWeights
     from .gradient_reducer import BucketReducer
@@ -24,6 +26,34 @@ log = logging.getLogger(__name__)
 
 # Timeout of collectives: the main process may be drawing previews or saving a large state meanwhile.
 _WAIT = timedelta(hours=2)
+
+
+def _store_of_attempt(rank: int, world_size: int) -> Store:
+    """Return a part of the launcher's store that holds nothing of an earlier attempt.
+
+    torchrun keeps one store over its restarts: a process that is early reads the address that another one had before
+    the restart (pytorch issue 135712). The main process therefore chooses a new name, and sends it to each process
+    under that process's own new name. torchrun's count of restarts will not do: each machine counts its own.
+    """
+    from torch.distributed import PrefixStore, TCPStore
+
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = TCPStore(address, port, world_size, is_master=False, timeout=_WAIT)
+    name = uuid4().hex
+    if rank:
+        store.set(f"graft/new/{rank}", name)
+        attempt = store.get(name).decode()
+        store.set(f"{attempt}/{rank}", "")
+        return PrefixStore(attempt, store)
+    missing = set(range(1, world_size))
+    while missing:
+        for other in list(missing):
+            if store.check([f"{name}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"graft/new/{other}"]):
+                store.set(store.get(f"graft/new/{other}").decode(), name)
+        time.sleep(0.05)
+    return PrefixStore(name, store)
 
 
 class AccelerateGroup(Group):
@@ -42,6 +72,9 @@ class AccelerateGroup(Group):
         options = InitProcessGroupKwargs(timeout=_WAIT).to_kwargs()
         if cpu and "LOCAL_RANK" in os.environ:
             options["backend"] = "gloo"
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            options |= {"store": _store_of_attempt(rank, world_size), "rank": rank, "world_size": world_size}
         self._state = PartialState(cpu=cpu, **options)
         self.rank = self._state.process_index
         self.world_size = self._state.num_processes
