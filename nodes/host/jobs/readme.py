@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from typing import Any
 
 _PACK = os.path.basename(os.path.abspath(os.path.join(__file__, "..", "..", "..", "..")))
@@ -49,4 +50,5 @@ def job_readme(name: str, base: dict[str, Any]) -> str:
         f"- `models/{row['list']}/{row['name']}`, {row['bytes'] / 1e6:.0f} MB, SHA-256 {row['sha256']}"
         for row in base["files"]
     )
-    return _TEXT.format(name=name, files=files, job=f"custom_nodes/{_PACK}/job.py", folder=f"output/graft/jobs/{name}")
+    job, folder = shlex.quote(f"custom_nodes/{_PACK}/job.py"), shlex.quote(f"output/graft/jobs/{name}")
+    return _TEXT.format(name=name, files=files, job=job, folder=folder)
