@@ -62,6 +62,16 @@ STARTS = [
     (NIGHT, "2026-03-07T23:00", "2026-03-08T06:00"),
     (NIGHT, "2026-12-31T23:59", "2027-01-01T06:00"),
 ]
+# Zone, pause, now, and the seconds until the training starts.
+CHANGES = [
+    # 02:00 is 03:00 at once: there is no 02:30.
+    ("America/New_York", ("22:00", "02:30"), "2026-03-08T01:00", 3600),
+    ("America/New_York", ("02:15", "02:45"), "2026-03-08T01:59", 0),
+    # 02:00 is 01:00 again: the first 01:30 ends the pause.
+    ("America/New_York", ("22:00", "01:30"), "2026-11-01T00:30", 3600),
+    # 02:00 is 02:30 at once.
+    ("Australia/Lord_Howe", ("22:00", "02:15"), "2026-10-04T01:00", 3600),
+]
 
 
 @pytest.mark.parametrize("pause, at, start", STARTS)
@@ -71,6 +81,12 @@ def test_a_training_starts_when_its_pause_ends(clock, pause, at, start):
     assert datetime.fromtimestamp(training.next_start()).isoformat(timespec="minutes") == start
     assert training.is_due == (at == start)
     assert training.shown_start == ("" if at == start else start[-5:])
+
+
+@pytest.mark.parametrize("zone, pause, at, seconds", CHANGES, indirect=["zone"])
+def test_a_pause_ends_when_the_clock_is_past_its_end_in_nights_of_changes(clock, pause, at, seconds):
+    before = clock(at)
+    assert hours(pause).next_start() - before == seconds
 
 
 def test_not_before_holds_together_with_the_pause(clock):

@@ -316,7 +316,8 @@ def test_outside_its_hours_a_training_waits_and_returns_to_the_same_bits(server,
         (row,) = server.get("/graft/queue")["prompts"]
         assert not row["running"] and row["starts"] == later
         assert server.get(f"/graft/runs/{runs.find_run(server, name).name}")["status"] == "waiting"
-        for body in ({"not_before": "25:00"}, {"pause": ["08:00"]}, {"pause": 3}, {"not_before": 3}, {"prompt_id": 1}):
+        pauses = [{"pause": value} for value in (["08:00"], ["08:00", ""], ["", "18:00"], 3)]
+        for body in ({"not_before": "25:00"}, {"not_before": 3}, {"prompt_id": 1}, *pauses):
             with pytest.raises(urllib.error.HTTPError) as caught:
                 server.post("/graft/queue/schedule", {"prompt_id": prompt, **body})
             assert caught.value.code == 400

@@ -288,6 +288,20 @@ def test_hours_hold_a_training_in_both_browsers(opened, page, server, other_brow
     for view in (panel, theirs):
         view.wait("training")
     assert prompt in [item[1] for item in server.get("/queue")["queue_running"]]
+    # One end of a pause waits for the other one, whatever the server says meanwhile.
+    ends = [f"{(int(clock[:2]) + hours) % 24:02d}:30" for hours in (3, 5)]
+    fill = """
+        const input = document.querySelectorAll('.graft-hours input')[args[0]];
+        input.value = args[1];
+        input.dispatchEvent(new Event('change'));"""
+    values = "return [...document.querySelectorAll('.graft-hours input')].map(input => input.value).join() === "
+    other.js(fill, 1, ends[0])
+    panel.wait_for_step(panel.wait_for_step(1) + 2)
+    assert server.get("/graft/queue")["prompts"][0]["pause"] == ["", ""]
+    other.js(fill, 2, ends[1])
+    for view in (page, other):
+        view.wait_for(f"{values}',{','.join(ends)}';")
+    assert server.get("/graft/queue")["prompts"][0]["pause"] == ends
     assert other.read_errors() == []
 
 

@@ -9,9 +9,10 @@ import * as words from "./words.js";
 export class Hours {
   // changed: called with {not_before, pause: [from, to]}, each a time such as "22:00" or "".
   constructor(changed) {
+    this._pause = ["", ""];
     this._fields = [t("Not before"), t("Pause from"), t("to")].map((label) => {
       const input = make("input", { type: "time" });
-      input.addEventListener("change", () => changed(this._values()));
+      input.addEventListener("change", () => changed(this._read().hours));
       return { input, element: make("label", {}, label, " ", input) };
     });
     this._clock = make("span", { class: "graft-quiet" });
@@ -22,16 +23,21 @@ export class Hours {
   }
 
   show({ not_before: start, pause, clock }) {
+    this._pause = pause;
+    // One end of a pause alone is not set yet, and stays until the other one is filled in.
+    const { isHalf } = this._read();
     [start, ...pause].forEach((value, place) => {
       const { input } = this._fields[place];
-      if (input !== document.activeElement && input.value !== value) input.value = value;
+      const isOpen = input === document.activeElement || (isHalf && place > 0);
+      if (!isOpen && input.value !== value) input.value = value;
     });
     say(this._clock, t("The server's time, now $time", { time: clock }));
   }
 
-  _values() {
+  _read() {
     const [start, ...pause] = this._fields.map(({ input }) => input.value);
-    return { not_before: start, pause };
+    const isHalf = !pause[0] !== !pause[1];
+    return { isHalf, hours: { not_before: start, pause: isHalf ? this._pause : pause } };
   }
 }
 

@@ -122,12 +122,12 @@ async def _schedule_prompt(request: web.Request) -> dict[str, Any]:
     try:
         if not isinstance(prompt, str):
             raise ValueError(prompt)
-        first, last = (schedule.parse_clock(text) if text else None for text in pause)
+        first, last = pause
+        daily = (schedule.parse_clock(first), schedule.parse_clock(last)) if first or last else None
         not_before = schedule.next_time(schedule.parse_clock(start), schedule.now()) if start else 0.0
     except (TypeError, ValueError) as error:
         raise Refusal(400, "'not_before' and both ends of 'pause' must be times such as 22:30, or empty.") from error
-    hours = schedule.Schedule(not_before, None if first is None or last is None else (first, last))
-    if not RETURNING.schedule(prompt, hours):
+    if not RETURNING.schedule(prompt, schedule.Schedule(not_before, daily)):
         raise Refusal(409, "The prompt is no longer in the queue.")
     return {"prompt_id": prompt, **_hours_of(prompt)}
 

@@ -10,6 +10,7 @@ from datetime import datetime, timedelta
 # Replaced in tests.
 now = time.time
 
+_DAY = 24 * 60
 _CLOCK = re.compile(r"([01]\d|2[0-3]):([0-5]\d)")
 
 
@@ -28,15 +29,16 @@ class Schedule:
     def next_start(self) -> float:
         """Return the next time at which the training may run, seconds since the epoch: the current time if it may."""
         start = max(now(), self.not_before)
-        if self.pause is None:
-            return start
-        first, last = self.pause
-        day = datetime.fromtimestamp(start)
-        minute = day.hour * 60 + day.minute
-        is_paused = first <= minute < last if first < last else minute >= first or minute < last
-        if first == last or not is_paused:
-            return start
-        return next_time(last, start)
+        # Minute by minute, since the local clock skips or repeats an hour in two nights of the year.
+        while self._is_paused(start):
+            start = (start // 60 + 1) * 60
+        return start
+
+    def _is_paused(self, seconds: float) -> bool:
+        first, last = self.pause or (0, 0)
+        clock = datetime.fromtimestamp(seconds)
+        # The minutes since the pause began, of those that it lasts.
+        return (clock.hour * 60 + clock.minute - first) % _DAY < (last - first) % _DAY
 
     @property
     def shown_start(self) -> str:
