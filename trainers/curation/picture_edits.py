@@ -33,7 +33,7 @@ _SAVING = {
     "BMP": {},
     "TIFF": {},
     "JPEG": {"quality": 95, "subsampling": 0},
-    "WEBP": {"lossless": True},
+    "WEBP": {"lossless": True, "exact": True},
 }
 _NUMBER = re.compile(r"\d{4,9}")
 
@@ -268,9 +268,12 @@ def _rotated(listing: Listing, name: str, degrees: int) -> bytes:
     with reading(name):
         with Image.open(source.path) as opened:
             format = "JPEG" if opened.format == "MPO" else opened.format
+            is_moving = getattr(opened, "n_frames", 1) > 1 and opened.format != "MPO"
+        cure = "Rotate it in another program."
         if format not in _SAVING:
-            cure = "Rotate it in another program."
             raise DatasetError(f"The picture '{name}' is {format}, which Graft does not write.", cure, "name")
+        if is_moving:
+            raise DatasetError(f"The file '{name}' holds several pictures, of which one would stay.", cure, "name")
         image = source.decoded()
         buffer = io.BytesIO()
         profile = image.info.get("icc_profile")

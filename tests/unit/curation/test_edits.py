@@ -251,6 +251,23 @@ def test_rotation_keeps_the_pixels(folder, kind, degrees):
     assert original in files(folder / ".trash").values()
 
 
+def test_rotation_keeps_colors_below_full_transparency(folder):
+    pixels = np.dstack([quarters(0), np.zeros(quarters(0).shape[:2], np.uint8)])
+    Image.fromarray(pixels).save(folder / "e.webp", lossless=True, exact=True)
+    picture_edits.rotate(str(folder), "e.webp", 90)
+    assert np.array_equal(np.asarray(Image.open(folder / "e.webp")), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("name", ["e.webp", "e.png", "e.tif"])
+def test_no_picture_of_an_animation_is_lost_by_rotation(folder, name):
+    first, second = (Image.new("RGB", (32, 16), color) for color in ("red", "blue"))
+    first.save(folder / name, save_all=True, append_images=[second])
+    before = files(folder)
+    with pytest.raises(DatasetError, match=f"'{name}' holds several pictures"):
+        picture_edits.rotate(str(folder), name, 90)
+    assert files(folder) == before
+
+
 @pytest.mark.parametrize("place", ["cutouts", "../cutouts"])
 def test_a_mask_in_a_folder_of_masks_is_rotated_too(folder, place):
     masks = (folder / place).resolve()
