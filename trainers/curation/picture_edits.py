@@ -99,8 +99,7 @@ def discard(folder: str, names: Sequence[str]) -> tuple[list[str], list[tuple[st
         for name in dict.fromkeys(names):
             try:
                 find_picture(listing, name)
-                for part in (name, *companions.of(name)):
-                    _move(listing.root, part, os.path.join(place, *part.split("/")))
+                _move(listing.root, {part: _below(place, part) for part in (name, *companions.of(name))})
                 moved.append(name)
             except (GraftError, OSError) as error:
                 failed.append((str(name), str(error)))
@@ -143,8 +142,9 @@ def restore(folder: str, names: Sequence[str]) -> tuple[list[str], list[tuple[st
                     raise DatasetError(f"The trash has no picture '{name}'.", "It was removed there.", "name")
                 listing = list_folder(place)
                 find_picture(listing, name)
-                for part in (name, *_Companions(listing).of(name)):
-                    _move(root, os.path.relpath(_below(place, part), root).replace(os.sep, "/"), _below(root, part))
+                inside = os.path.relpath(place, root).replace(os.sep, "/")
+                parts = (name, *_Companions(listing).of(name))
+                _move(root, {f"{inside}/{part}": _below(root, part) for part in parts})
                 restored.append(name)
             except (GraftError, OSError) as error:
                 failed.append((str(name), str(error)))
@@ -170,15 +170,19 @@ def _new_place(root: str) -> str:
 
 def move_to_trash(root: str, name: str) -> None:
     """Move one file of a dataset's folder into its trash."""
-    _move(root, name, _below(_new_place(root), name))
+    _move(root, {name: _below(_new_place(root), name)})
 
 
-def _move(root: str, name: str, target: str) -> None:
-    refuse_links(root, target)
-    if os.path.lexists(target):
-        raise DatasetError(f"The file '{target}' exists.", "Rename or move it first.", "name")
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    os.rename(path_to_write(root, name), target)
+def _move(root: str, targets: Mapping[str, str]) -> None:
+    """Move files of a folder, given with their new paths; none of them if one cannot be moved."""
+    paths = {path_to_write(root, name): target for name, target in targets.items()}
+    for target in paths.values():
+        refuse_links(root, target)
+        if os.path.lexists(target):
+            raise DatasetError(f"The file '{target}' exists.", "Rename or move it first.", "name")
+    for path, target in paths.items():
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.rename(path, target)
 
 
 def rotate(

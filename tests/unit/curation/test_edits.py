@@ -212,6 +212,24 @@ def test_a_file_in_the_way_is_not_replaced(folder):
     assert len([name for name in files(folder) if name.endswith("a.png") and name.startswith(".trash")]) == 2
 
 
+@pytest.mark.parametrize("is_link", [False, True], ids=["restored", "discarded"])
+def test_a_picture_moves_with_its_caption_or_not_at_all(folder, is_link):
+    if is_link:
+        (folder / "a.txt").rename(folder / "other.txt")
+        (folder / "a.txt").symlink_to(folder / "other.txt")
+        move = picture_edits.discard
+    else:
+        picture_edits.discard(str(folder), ["a.png"])
+        (folder / "a.txt").write_text("another picture's")
+        move = picture_edits.restore
+    before = files(folder)
+    moved, failed = move(str(folder), ["a.png"])
+    assert moved == [] and [name for name, _ in failed] == ["a.png"]
+    assert files(folder) == before
+    (folder / "a.txt").unlink()
+    assert move(str(folder), ["a.png"]) == (["a.png"], [])
+
+
 def test_a_shared_caption_stays_with_the_other_picture(folder):
     (folder / "d.txt").write_text("of both")
     picture_edits.discard(str(folder), ["d.png"])
