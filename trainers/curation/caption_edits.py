@@ -14,7 +14,8 @@ from ..data.clips import is_media
 from ..data.index import Index
 from ..data.listing import Listing, list_folder, stem_of
 from ..data.masks import own_masks
-from ..errors import GraftError
+from ..data.scan import class_tokens_of
+from ..errors import DatasetError, GraftError
 from ..formats.atomic import replacing, write_bytes
 from .folder import EDITING, find_picture, path_to_write
 
@@ -69,6 +70,7 @@ class CaptionReader:
     """Reader of the captions in a listing, as texts to edit; an index keeps the texts."""
 
     def __init__(self, listing: Listing, index: Index | None = None):
+        self._listing = listing
         self._files = CaptionFiles(listing, False, index, is_media)
         masks = own_masks(listing, is_media).files
         self._stems = Counter(stem_of(name) for name in listing.files if is_media(name) and name not in masks)
@@ -85,6 +87,10 @@ class CaptionReader:
         # A file with the stem would be the caption of all pictures with that stem.
         own = name if file is None and self._stems[stem_of(name)] > 1 else stem_of(name)
         return Caption("\n".join(texts), "table" if texts else "none", file.name if is_text else f"{own}.txt")
+
+    def without(self, name: str, file: str) -> str:
+        """Return the caption that training takes for a picture if a caption file of it is empty; empty for none."""
+        return "\n".join(self._files.of(name, without=file)) or class_tokens_of(self._listing, name)
 
 
 def edit_captions(folder: str, edits: Sequence[CaptionEdit], lines_are_variants: bool = False) -> list[EditResult]:
@@ -109,11 +115,23 @@ def _edit(listing: Listing, reader: CaptionReader, edit: CaptionEdit, lines_are_
             return EditResult(edit.name, "conflict", current.text, current.file)
         if current.text != text or current.origin != "file":
             # Raises for a text that training would refuse.
-            captions.variants_of(text, lines_are_variants)
+            if not captions.variants_of(text, lines_are_variants):
+                _refuse_empty(reader.without(edit.name, current.file))
             write_caption(path_to_write(listing.root, current.file), text)
         return EditResult(edit.name, "saved", text, current.file)
     except GraftError as error:
         return EditResult(edit.name, "failed", edit.was, error=str(error))
+
+
+def _refuse_empty(other: str) -> None:
+    """Raise DatasetError if training takes another caption in place of an empty one."""
+    if other:
+        raise DatasetError(
+            f"Without a text of its own, training takes the caption '{other[:80]}' for it, from another caption file, "
+            "a table or the folder's name.",
+            "Write a text, or change it there.",
+            "text",
+        )
 
 
 def write_caption(path: str, text: str) -> bool:

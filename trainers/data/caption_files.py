@@ -47,9 +47,13 @@ class CaptionFiles:
         self._sidecars = self._find_sidecars()
         self._metadata = self._read_tables()
 
-    def of(self, name: str) -> tuple[str, ...]:
-        """Return the captions of a picture: those of its first caption file with any, else of a table; may be empty."""
-        read = (self._read(file) for file in self.files_of(name))
+    def of(self, name: str, without: str = "") -> tuple[str, ...]:
+        """Return the captions of a picture: those of its first caption file with any, else of a table; may be empty.
+
+        Args:
+            without: name of a caption file to leave out.
+        """
+        read = (self._read(file) for file in self.files_of(name) if file.name != without)
         return next((texts for texts in read if texts), self._metadata.get(name, ()))
 
     def file_of(self, name: str) -> File | None:

@@ -276,8 +276,7 @@ class _Reader:
         )
 
     def _repeats_of(self, name: str) -> tuple[int, str, str]:
-        # A folder of frames may repeat itself.
-        parts = name.removesuffix(FRAMES).split("/")[: None if name.endswith(FRAMES) else -1]
+        parts = _folders_of(name)
         chosen = None
         for depth in range(len(parts), -1, -1):
             folder = parts[depth - 1] if depth else os.path.basename(self._listing.root)
@@ -287,6 +286,18 @@ class _Reader:
             if match:
                 return int(match.group(1)) if chosen is None else chosen, match.group(2).strip(), folder
         return 1 if chosen is None else chosen, "", ""
+
+
+def _folders_of(name: str) -> list[str]:
+    # A folder of frames may repeat itself.
+    return name.removesuffix(FRAMES).split("/")[: None if name.endswith(FRAMES) else -1]
+
+
+def class_tokens_of(listing: Listing, name: str) -> str:
+    """Return the caption that the nearest folder of the form `N_name` gives to a picture; empty for none."""
+    folders = (os.path.basename(listing.root), *_folders_of(name))
+    matches = (_REPEAT_FOLDER.fullmatch(folder) for folder in reversed(folders))
+    return next((match.group(2).strip() for match in matches if match), "")
 
 
 def _counted(pictures: int) -> str:

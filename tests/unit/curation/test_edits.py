@@ -69,6 +69,22 @@ def test_captions_are_shown_with_their_origin(folder):
     }
 
 
+@pytest.mark.parametrize(
+    "name, other", [("b.png", "from a table"), ("10_dog/c.png", "dog"), ("a.png", "older"), ("d.png", "")]
+)
+def test_an_empty_caption_is_refused_if_another_takes_its_place(folder, name, other):
+    if name == "a.png":
+        (folder / "a.caption").write_text(other)
+    before, shown = files(folder), rows(folder)[name]
+    result = edit(folder, name, " ", shown.caption)
+    assert result.status == ("failed" if other else "saved")
+    assert f"takes the caption '{other}'" in result.error or not other
+    if other:
+        assert files(folder) == before
+    # The folder then holds what is shown.
+    assert trained(folder)[name].captions == (rows(folder)[name].caption.strip(),)
+
+
 @pytest.mark.parametrize("name", ["a.png", "b.png", "10_dog/c.png", "d.png", "d.jpg"])
 def test_an_edited_caption_is_trained_and_shown(folder, name):
     before = rows(folder)[name]
