@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -223,6 +224,16 @@ def test_without_validation_it_is_refused_before_anything_is_encoded(tmp_path, f
     with pytest.raises(SettingsError, match=f"{name} is set, but no pictures are held out") as caught:
         run_session(tmp_path, host=host, **field)
     assert caught.value.input == name and host.codec.calls == 0
+
+
+@pytest.mark.parametrize("field", [{"keep_best": "on"}, {"stop_when": STOPS_FALLING}])
+def test_it_is_refused_if_no_held_out_picture_can_be_used(tmp_path, field):
+    dataset = make_dataset(4)
+    *others, last = dataset.examples
+    dataset = replace(dataset, examples=(*others, replace(last, size=(8, 8), held_out=True)))
+    with pytest.raises(SettingsError, match="is set, but the held-out pictures cannot be used .+ too small"):
+        run_session(tmp_path, dataset=dataset, **field)
+    assert run_session(tmp_path, dataset=dataset, steps=1).step == 1
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,8 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, folders: Folders, copy
             caches.copy_used(copy)
         return Prepared(items, [], [], frozenset(), (), {"images": 0}, {})
     training, validation, unusable = _encode(dataset, recipe, host, filler)
+    if not validation:
+        _refuse_unmeasured(recipe, f"the held-out pictures cannot be used ({shortened(unusable)})")
     named = named_sources(recipe, folders)
     previews = preview_sources(training, validation, recipe, caches, named)
     filler.fill_previews(previews)
@@ -199,12 +201,16 @@ def _refuse_clips(dataset: Dataset, host: Host) -> None:
 
 
 def _refuse_without_validation(dataset: Dataset, recipe: Recipe) -> None:
-    if recipe.validation_fraction or any(example.held_out for example in dataset.examples):
-        return
+    if not recipe.validation_fraction and not any(example.held_out for example in dataset.examples):
+        _refuse_unmeasured(recipe, "no pictures are held out to measure a validation loss with")
+
+
+def _refuse_unmeasured(recipe: Recipe, problem: str) -> None:
+    """Raise SettingsError for an option that has no effect without a validation loss."""
     for name in ("keep_best", "stop_when"):
         if getattr(recipe, name) != "off":
             raise SettingsError(
-                f"{name} is set, but no pictures are held out to measure a validation loss with.",
+                f"{name} is set, but {problem}.",
                 "Set validation_fraction in Graft Run Options or validation_folder in Graft Load Dataset, or leave "
                 f"{name} unset.",
                 name,
