@@ -92,6 +92,19 @@ def test_what_the_page_edits_is_what_the_nodes_read(server, folder):
     assert rows(server, folder)[names[0]]["caption"] == MARKUP
 
 
+def test_folders_of_one_name_have_their_own_losses(server, folder):
+    twin = folder / "other" / folder.name
+    shutil.copytree(world.CONCEPT_FOLDER / "toy", twin)
+    names = folder.name, f"{folder.name}/other/{folder.name}"
+    answers = []
+    for name in names:
+        server.run(graphs.training(name, 12, batch_size=4, seed=len(answers)))
+        answers.append([server.get(address("/losses", folder=other))["run"] for other in (*names, f"{name}/")])
+    (first, none, again), (still, second, last) = answers
+    assert first == again == still != "" and none == ""
+    assert second == last not in ("", first)
+
+
 def test_uploaded_files_are_checked(server, folder):
     """The page uploads through ComfyUI's own route."""
     names = sorted(rows(server, folder))

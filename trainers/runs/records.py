@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,11 +135,14 @@ def read_loss_by_picture(run: Run) -> LossByPicture:
     )
 
 
-def last_loss_by_picture(folders: Folders, dataset: str) -> tuple[str, LossByPicture]:
+def last_loss_by_picture(
+    folders: Folders, dataset: str, is_on: Callable[[Run], bool] = lambda run: True
+) -> tuple[str, LossByPicture]:
     """Return the run that was changed last among those on a dataset with a loss by picture, by name, and that loss.
 
     Args:
         dataset: its name. A run on several datasets counts for each of them.
+        is_on: reports whether a run on a dataset of that name is on this one.
 
     Returns:
         An empty name and no losses if there is no such run.
@@ -147,7 +151,7 @@ def last_loss_by_picture(folders: Folders, dataset: str) -> tuple[str, LossByPic
         try:
             run = find_run(folders, record.name)
             trained = str(read_recipe(run).get("made_from", {}).get("dataset", ""))
-            if dataset == trained or dataset in trained.split("+"):
+            if (dataset == trained or dataset in trained.split("+")) and is_on(run):
                 return record.name, read_loss_by_picture(run)
         except (RunError, OSError, AttributeError):
             # No loss by picture yet, or the run was removed, or its made_from was edited.

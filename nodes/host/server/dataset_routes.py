@@ -53,7 +53,8 @@ from ....trainers.curation.page import (
 from ....trainers.data.scan import MASKS, ScanOptions
 from ....trainers.data.source_images import CONTROL_FOLDERS, WORSE_FOLDER
 from ....trainers.errors import DatasetError, GraftError
-from ....trainers.runs.records import last_loss_by_picture
+from ....trainers.runs.records import last_loss_by_picture, read_graph
+from ....trainers.runs.run import Run
 from ....trainers.video import PIECES
 from .. import dataset_folders, paths
 from .control import REGISTRY
@@ -124,9 +125,28 @@ async def _find_alike(comparing: asyncio.Semaphore, request: web.Request) -> dic
 
 async def _list_losses(request: web.Request) -> dict[str, Any]:
     folder = await in_thread(dataset_folders.dataset_path, request.query.get("folder", ""))
-    name = os.path.basename(os.path.normpath(folder))
-    run, losses = await in_thread(last_loss_by_picture, paths.folders(), name)
+    is_on = functools.partial(_is_on, folder)
+    run, losses = await in_thread(last_loss_by_picture, paths.folders(), os.path.basename(folder), is_on)
     return {"run": run, "losses": losses.marked()}
+
+
+def _is_on(folder: str, run: Run) -> bool:
+    """Report whether a run is on a folder, not on another of its name, by the workflow that it was queued with."""
+    try:
+        nodes = read_graph(run)["prompt"].values()
+        choices = [node["inputs"].get("folder") for node in nodes]
+    except (GraftError, OSError, KeyError, TypeError, AttributeError):
+        return True
+    name = os.path.basename(folder)
+    namesakes = [choice for choice in choices if isinstance(choice, str) and choice.rstrip("/").endswith(name)]
+    return not namesakes or any(_leads_to(choice, folder) for choice in namesakes)
+
+
+def _leads_to(choice: str, folder: str) -> bool:
+    try:
+        return dataset_folders.dataset_path(choice) == folder
+    except DatasetError:
+        return False
 
 
 async def _list_folders(request: web.Request) -> dict[str, Any]:
