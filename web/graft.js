@@ -8,7 +8,7 @@ import { DatasetRoutes } from "./dataset/routes.js";
 import { followLinks } from "./help.js";
 import { History } from "./history/tab.js";
 import { allNodes, dropQuarantine, hasSources, keepEdits, keepLinks, pathOf } from "./panel/graph.js";
-import { throttled } from "./panel/make.js";
+import { addElement, throttled } from "./panel/make.js";
 import { Routes } from "./panel/routes.js";
 import { Store } from "./panel/store.js";
 import { Panel, HEIGHT, WIDTH } from "./panel/view.js";
@@ -185,14 +185,7 @@ function offerPanel(node) {
 
 function addPanel(node) {
   const panel = new Panel(routes);
-  const widget = node.addDOMWidget("graft_panel", "graft.panel", panel.element, {
-    serialize: false, // omitted from the prompt
-    hideOnZoom: false,
-    getMinHeight: () => HEIGHT,
-    getValue: () => "",
-    setValue: () => {},
-  });
-  widget.serialize = false; // and from the workflow
+  addElement(node, "graft_panel", "graft.panel", panel.element, HEIGHT);
   if (node.subgraph) {
     leaveOut(node);
     dropQuarantine(node.properties);

@@ -1,5 +1,5 @@
 // Reports inside nodes: that of Graft Inspect Dataset, warnings first, and what Graft Apply Adapter has to say.
-import { keepKeys, make } from "./panel/make.js";
+import { addElement, keepKeys, make } from "./panel/make.js";
 import { listWarnings } from "./panel/words.js";
 import { t } from "./texts.js";
 
@@ -9,7 +9,7 @@ const HEIGHT = 150;
 const SMALL = 60;
 
 export function addReport(node) {
-  const element = addElement(node, "graft_report", HEIGHT);
+  const element = addSection(node, "graft_report", HEIGHT);
   const show = (...children) => element.replaceChildren(...children);
   show(make("p", {}, t("Press Run to see here what training will see.")));
   const { onExecuted } = node;
@@ -32,7 +32,7 @@ export function addRemarks(node) {
     if (!shown === !lines.length) return;
     if (shown) node.removeWidget(node.widgets.find(({ element }) => element === shown));
     // A new name each time: the new renderer keeps the element of a name.
-    shown = lines.length ? addElement(node, `graft_remarks_${Date.now()}`, SMALL) : null;
+    shown = lines.length ? addSection(node, `graft_remarks_${Date.now()}`, SMALL) : null;
     shown?.append(...lines.map(warning));
     node.setSize([node.size[0], node.computeSize()[1]]);
   };
@@ -42,16 +42,9 @@ function warning(line) {
   return make("p", { class: "graft-warning" }, line);
 }
 
-function addElement(node, name, height) {
+function addSection(node, name, height) {
   const element = make("section", { class: "graft-report", "aria-label": t("Report"), tabindex: 0 });
   keepKeys(element);
-  const widget = node.addDOMWidget(name, "graft.report", element, {
-    serialize: false, // omitted from the prompt
-    hideOnZoom: false,
-    getMinHeight: () => height,
-    getValue: () => "",
-    setValue: () => {},
-  });
-  widget.serialize = false; // and from the workflow
+  addElement(node, name, "graft.report", element, height);
   return element;
 }

@@ -1,7 +1,5 @@
 // Saving of edits by themselves, and their undo.
 
-
-
 export class UndoStack {
   // changed: called when there is something else to undo; failed: called with an edit's error.
   constructor(changed, failed) {

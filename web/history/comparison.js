@@ -1,6 +1,6 @@
 // Several runs compared: curves, sample pictures and the settings in which they differ.
 
-import { make, openDialog, say } from "../panel/make.js";
+import { button, make, openDialog, say } from "../panel/make.js";
 import { makeChoice, makePick, makeThumb, markPicked, nameOf, openViewer } from "../panel/strip.js";
 import { samplesByStep } from "../panel/training.js";
 import { formatLoss, formatRate } from "../panel/words.js";
@@ -87,8 +87,8 @@ function makeScroller(label, content) {
 function makeLegend(runs, open) {
   const rows = runs.map((run, place) => {
     const swatch = make("i", { class: "graft-key", "data-run": place % 6, "aria-hidden": "true" });
-    const button = iconButton("pi-folder-open", `${t("Open workflow")}: ${run.name}`, () => open(run.name));
-    button.disabled = !run.has_graph;
+    const opening = iconButton("pi-folder-open", `${t("Open workflow")}: ${run.name}`, () => open(run.name));
+    opening.disabled = !run.has_graph;
     const [, checked] = run.checked.at(-1) ?? [];
     return make(
       "tr",
@@ -97,7 +97,7 @@ function makeLegend(runs, open) {
       make("td", {}, stateOf(run)),
       make("td", {}, run.final === null ? "" : lossesOf(run)),
       make("td", {}, formatLoss(checked)),
-      make("td", {}, button),
+      make("td", {}, opening),
     );
   });
   const names = [t("Run"), t("State"), t("Loss"), t("Validation"), t("Open workflow")];
@@ -154,11 +154,7 @@ function makeSamples(runs, acts) {
 function makeSaves(runs, use) {
   const [{ saves }] = runs;
   if (runs.length > 1 || !saves.length) return [];
-  const buttons = saves.map((step) => {
-    const button = make("button", { type: "button" }, t("Use step $step", { step }));
-    button.addEventListener("click", () => use(runs[0], step));
-    return button;
-  });
+  const buttons = saves.map((step) => button(t("Use step $step", { step }), () => use(runs[0], step)));
   const heading = make("div", { class: "graft-heading" }, make("h3", {}, t("Saved steps")));
   const meaning = t("Copies the saved step to where LoRA loaders list it, and adds a loader.");
   return [heading, make("p", { class: "graft-quiet" }, meaning), make("div", { class: "graft-buttons" }, ...buttons)];
@@ -167,9 +163,9 @@ function makeSaves(runs, use) {
 function makeCell(pictures, place) {
   if (place < 0) return make("td");
   const { url, name } = pictures[place];
-  const { button, image } = makeThumb(name, null, () => openViewer(pictures, place));
-  image.src = url;
-  return make("td", {}, button);
+  const thumb = makeThumb(name, null, () => openViewer(pictures, place));
+  thumb.image.src = url;
+  return make("td", {}, thumb.button);
 }
 
 function makePrompts(count, show) {

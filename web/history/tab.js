@@ -1,5 +1,5 @@
 // Sidebar tab with the history of runs on disk: search by name or note, select and compare, rename, use, open, delete.
-import { keepKeys, make, say } from "../panel/make.js";
+import { button, keepKeys, make, say } from "../panel/make.js";
 import { formatBytes } from "../panel/words.js";
 import { t } from "../texts.js";
 import { Card, iconButton } from "./card.js";
@@ -66,8 +66,8 @@ export class History {
     });
     this._note = make("div", { class: "graft-empty", role: "status" });
     this._list = make("ul", { class: "graft-cards", "aria-label": t("Training runs") });
-    this._more = this._button(t("Show more"), () => this._read(this._cards.size, PAGE));
-    this._compare = this._button("", () => this._show([...this._chosen.values()]));
+    this._more = button(t("Show more"), () => this._read(this._cards.size, PAGE));
+    this._compare = button("", () => this._show([...this._chosen.values()]));
     this._compare.classList.add("graft-chief");
     this._clear = iconButton("pi-times", t("Clear the selection"), () => this._chooseNone());
     this._foot = make("div", { class: "graft-foot" }, this._compare, this._clear);
@@ -85,12 +85,6 @@ export class History {
     keepKeys(this.element);
     this._more.hidden = true;
     this._showFoot();
-  }
-
-  _button(label, act) {
-    const button = make("button", { type: "button" }, label);
-    button.addEventListener("click", act);
-    return button;
   }
 
   async _read(from, count) {

@@ -1,5 +1,5 @@
 // The loss chart: thin line for each step, thick line smoothed, dots for the validation loss, with the marks of the
-
+// best save and of an early end.
 import { t } from "../texts.js";
 
 const MOST = 16384; // points; beyond this, every second one is dropped
@@ -64,8 +64,6 @@ export class Curve {
     }
   }
 }
-
-// best save and of an early end.
 
 const SCALE = 2; // canvas pixels per page pixel, since users zoom into the graph
 const FONT = "10px system-ui, sans-serif";

@@ -21,6 +21,18 @@ export function button(label, act) {
   return element;
 }
 
+// Add an element to a node, as a widget that has a least height and no value.
+export function addElement(node, name, kind, element, height) {
+  const widget = node.addDOMWidget(name, kind, element, {
+    serialize: false, // omitted from the prompt
+    hideOnZoom: false,
+    getMinHeight: () => height,
+    getValue: () => "",
+    setValue: () => {},
+  });
+  widget.serialize = false; // and from the workflow
+}
+
 // Open a modal dialog that is removed once closed: by its own close(), by Escape, or by a press beside it unless it holds
 // work that a careless press must not end.
 export function openDialog(dialog, holdsWork = false) {

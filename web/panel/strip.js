@@ -1,19 +1,18 @@
 // Sample pictures: the strip below the chart, and one of them large.
 
 import { t } from "../texts.js";
-import { make, mark, openDialog, say } from "./make.js";
+import { button, make, mark, openDialog, say } from "./make.js";
 
 // Open the viewer. pictures: [{name, url}], the base model's first; place: index of the chosen one.
 export function openViewer(pictures, place) {
   const [base, chosen] = [makeFigure(), makeFigure()];
-  const back = make("button", { type: "button" }, t("Earlier"));
-  const on = make("button", { type: "button" }, t("Later"));
-  const close = make("button", { type: "button" }, t("Close"));
+  const back = button(t("Earlier"), () => show(place - 1));
+  const on = button(t("Later"), () => show(place + 1));
   const dialog = make(
     "dialog",
     { class: "graft-viewer", "aria-label": t("Sample pictures") },
     make("div", { class: "graft-pair" }, base.element, chosen.element),
-    make("div", { class: "graft-buttons" }, back, on, close),
+    make("div", { class: "graft-buttons" }, back, on, button(t("Close"), () => dialog.close())),
   );
   const show = (number) => {
     place = Math.min(pictures.length - 1, Math.max(0, number));
@@ -23,9 +22,6 @@ export function openViewer(pictures, place) {
     back.disabled = place === 0;
     on.disabled = place === pictures.length - 1;
   };
-  back.addEventListener("click", () => show(place - 1));
-  on.addEventListener("click", () => show(place + 1));
-  close.addEventListener("click", () => dialog.close());
   dialog.addEventListener("keydown", (event) => {
     if (event.key === "ArrowLeft") show(place - 1);
     if (event.key === "ArrowRight") show(place + 1);
@@ -131,9 +127,9 @@ export function makeThumb(name, caption, open) {
   // The alt text is empty: the button's label has the name.
   const image = make("img", { alt: "", loading: "lazy", decoding: "async" });
   const label = t("$name, enlarge", { name });
-  const button = make("button", { type: "button", class: "graft-thumb", "aria-label": label }, image, caption);
-  button.addEventListener("click", open);
-  return { button, image };
+  const element = make("button", { type: "button", class: "graft-thumb", "aria-label": label }, image, caption);
+  element.addEventListener("click", open);
+  return { button: element, image };
 }
 
 // Return a group of buttons to choose a prompt; one of them is pressed.
@@ -142,10 +138,9 @@ export function makeChoice(...buttons) {
 }
 
 export function makePick(number, pick) {
-  const label = t("Prompt $number", { number: number + 1 });
-  const button = make("button", { type: "button", "aria-label": label }, String(number + 1));
-  button.addEventListener("click", pick);
-  return button;
+  const element = button(String(number + 1), pick);
+  mark(element, "aria-label", t("Prompt $number", { number: number + 1 }));
+  return element;
 }
 
 export function markPicked(choice, picked) {
