@@ -5,12 +5,11 @@ import { api } from "../../scripts/api.js";
 import { makeCommands, TAB } from "./commands.js";
 import { DatasetNodes, LOADER } from "./dataset/node.js";
 import { DatasetRoutes } from "./dataset/routes.js";
-import { followLinks } from "./help.js";
 import { History } from "./history/tab.js";
 import { allNodes, dropQuarantine, hasSources, keepEdits, keepLinks, pathOf } from "./panel/graph.js";
 import { addElement, throttled } from "./panel/make.js";
 import { Routes } from "./panel/routes.js";
-import { Store } from "./panel/store.js";
+import { Store } from "./panel/training.js";
 import { Panel, HEIGHT, WIDTH } from "./panel/view.js";
 import { listQueue } from "./panel/words.js";
 import { addRemarks, addReport, APPLIER, INSPECTOR } from "./report.js";
@@ -19,6 +18,7 @@ import { Toasts } from "./toasts.js";
 import { forgetChanged, learn, showUnset, UnsetFields } from "./unset.js";
 
 const EVENT = "graft.progress";
+const NAMED = /^(?:.*\/)?extensions\/graft\//; // start of a link between help pages
 const TRAINERS = new Set([
   "GraftTrainLoRA",
   "GraftTrainEmbedding",
@@ -111,6 +111,12 @@ function addStyles(...names) {
     style.href = new URL(name, import.meta.url).href;
     document.head.append(style);
   }
+}
+
+// Repair a link in a help page, which assumes the registry's folder name, if the pack's folder has another name.
+function rehome({ target }) {
+  const link = target.closest?.('a[href*="extensions/graft/docs/"]');
+  if (link) link.href = new URL(link.getAttribute("href").replace(NAMED, ""), import.meta.url).href;
 }
 
 function rootGraph() {
@@ -225,7 +231,7 @@ app.registerExtension({
   menuCommands: [{ path: ["Graft"], commands: commands.map(({ id }) => id) }],
   async setup() {
     addStyles("./panel/panel.css", "./history/history.css", "./dataset/dataset.css");
-    followLinks(document);
+    for (const event of ["pointerdown", "click"]) document.addEventListener(event, rehome, true);
     await loadTexts(api, app);
     addHistory();
     api.addEventListener(EVENT, ({ detail }) => store.take(detail));

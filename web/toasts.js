@@ -1,5 +1,5 @@
 // Toasts about the outcome of trainings, also for nodes out of view.
-import { keyOf } from "./panel/store.js";
+import { keyOf } from "./panel/training.js";
 import { t } from "./texts.js";
 
 const LIFE = 5000; // milliseconds

@@ -551,7 +551,7 @@ def test_changes_of_captions(page):
 @pytest.mark.parametrize(("fails", "steps"), [(False, ["first", "typed"]), (True, ["first", "slow", "typed"])])
 def test_an_edit_during_an_undo_stays(page, fails, steps):
     past = page.js("""
-        const { UndoStack } = await import('/extensions/graft/dataset/saver.js');
+        const { UndoStack } = await import('/extensions/graft/dataset/actions.js');
         const stack = new UndoStack(() => {}, () => {});
         const push = (label, undo) => stack.push({label, undo});
         let end;

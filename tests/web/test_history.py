@@ -310,7 +310,7 @@ def test_the_history_is_accessible(history, page, made, theme):
 
 
 QUEUE = """
-    const { Queue } = await import('/extensions/graft/history/queue.js');
+    const { Queue } = await import('/extensions/graft/history/tab.js');
     const acts = [];
     const queue = new Queue({ remove: (...given) => acts.push(given), move: (...given) => acts.push(given) });
     const training = (name, step) => ({ node: '3', name, run: null, step, steps: 9 });

@@ -1,7 +1,7 @@
 // A picture in the grid: its thumbnail, its caption in a text box, and what is known of it.
 import { make, mark, say } from "../panel/make.js";
 import { t } from "../texts.js";
-import { describeFlag, describeStates } from "./flags.js";
+import { describeFlag, describeStates } from "./dataset.js";
 
 const ORIGINS = {
   table: () => t("from a table"),
