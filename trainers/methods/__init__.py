@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from .base import Method
-from .boft import BOFT
 from .dora import DoRA
 from .full import FullFineTune
 from .ia3 import IA3
@@ -11,7 +10,7 @@ from .loha import LoHa
 from .lokr import LoKr
 from .lora import LoCon, LoRA, RsLoRA
 from .none import NoMethod
-from .oft import OFT
+from .oft import BOFT, OFT
 from .pissa import PiSSA
 from .variants.glora import GLoRA
 

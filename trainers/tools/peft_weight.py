@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from ..formats.peft_config import starts_at_weight
 from ..formats.peft_format import PeftAdapter, place_of
-from ..methods.boft import without_compile
+from ..methods.oft import without_compile
 from ..regex import Budget, PatternError, Patterns
 from ..rng import generator
 
