@@ -1,18 +1,17 @@
-"""Training methods: adapter types, full fine-tuning and none. One file per method, registered here."""
+"""Training methods: adapter types, full fine-tuning and none. All are registered here."""
 
 from __future__ import annotations
 
 from .base import Method
 from .dora import DoRA
 from .full import FullFineTune
+from .glora import GLoRA
 from .ia3 import IA3
-from .loha import LoHa
-from .lokr import LoKr
 from .lora import LoCon, LoRA, RsLoRA
+from .lycoris import LoHa, LoKr
 from .none import NoMethod
 from .oft import BOFT, OFT
 from .pissa import PiSSA
-from .variants.glora import GLoRA
 
 __all__ = ["ADAPTERS", "METHODS", "Method"]
 

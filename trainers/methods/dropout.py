@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from ..rng import stream_seed
-from .variants import NAME
-from .variants.arguments import value_of
+from .arguments import STRUCTURE_DROPOUT, value_of
 
 if TYPE_CHECKING:
     from ..recipe.recipe import Recipe
@@ -37,7 +36,7 @@ def dropping_out(
         yield
         return
     named = [pair for tree in trees for pair in tree.named_modules()]
-    layers = [layer for name, layer in named if name.endswith((".lora_dropout.default", f".{NAME}"))]
+    layers = [layer for name, layer in named if name.endswith((".lora_dropout.default", f".{STRUCTURE_DROPOUT}"))]
     # torch's dropout draws from torch's global generator. Checkpointing restores that generator before it recomputes.
     with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
         torch.manual_seed(stream_seed("dropout", recipe.seed, step, *([rank] if rank else [])))

@@ -12,9 +12,9 @@ from ..formats.kohya import to_kohya
 from ..optimizers import Group
 from ..rng import generator
 from .adapter_files import StartValues, list_layers, to_peft
+from .arguments import check_arguments
 from .base import Method
 from .targets import Layer, meant_layers, parse_name, rank_of, value_for
-from .variants.arguments import check_arguments
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class PeftMethod(Method):
         has_rank: whether the type uses alpha and ranks by block.
         has_dropout: whether the type uses dropout.
         scale_param: the trainable that can absorb a scale. Empty if the type has no scale.
-        arguments: names of the type's arguments, of those in `variants.arguments`.
+        arguments: names of the type's arguments, of those in `arguments`.
     """
 
     kinds: frozenset[str] = frozenset()

@@ -114,7 +114,7 @@ class RecipeOptions:
         block_ranks, block_learning_rates: (pattern, value) pairs; the first pattern found in a layer's path applies.
         lora_plus_ratio: learning rate of B divided by that of A.
         text_encoder_rank, text_encoder_learning_rate: 0 if no text encoder is trained.
-        adapter_args: (name, value) of the type's further arguments, see `methods.variants.arguments`.
+        adapter_args: (name, value) of the type's further arguments, see `methods.arguments`.
         weight_dtype: dtype of full training, "fp32" or "bf16"; adapters always train in fp32.
         loss_spike_factor: skip a step whose loss is this many times the usual loss; 0 skips none.
         offload: "on" to offload frozen weights from the start.

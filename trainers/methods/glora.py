@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ...formats.keys import ALPHA
-from ..peft_method import PeftMethod
-from ..targets import CONV, LINEAR, POINT, Layer, alphas_of
+from ..formats.keys import ALPHA
+from .peft_method import PeftMethod
+from .targets import CONV, LINEAR, POINT, Layer, alphas_of
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from ...recipe.recipe import Recipe
+    from ..recipe.recipe import Recipe
 
 # Names in LyCORIS' file: a2 and b2 map inputs to the rank, a1 and b1 map the rank back.
 _FILE = {"glora_a1": "a1.weight", "glora_a2": "a2.weight", "lora_B": "b1.weight", "lora_A": "b2.weight"}
@@ -55,7 +55,7 @@ class GLoRA(PeftMethod):
         """Replace the forward of peft's layer by W (x + s a1 a2 x) + b + s b1 b2 x."""
         from torch.nn.functional import conv2d, linear
 
-        from ..lora import in_dtype_of, parts_of
+        from .lora import in_dtype_of, parts_of
 
         base, down, up, *_ = parts_of(layer)
         product = linear if down.weight.dim() == 2 else conv2d

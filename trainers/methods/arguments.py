@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ...errors import SettingsError
+from ..errors import SettingsError
 
 if TYPE_CHECKING:
-    from ...recipe.recipe import Recipe
+    from ..recipe.recipe import Recipe
+
+
+# Name of the module in peft's layer that drops its ranks or all of it.
+STRUCTURE_DROPOUT = "structure_dropout"
 
 
 class Argument(NamedTuple):
