@@ -11,8 +11,8 @@ from . import captions
 from .examples import LeftOut, reason_of
 from .index import Index
 from .listing import File, Listing, Owners, stem_of
-from .picture_columns import COLUMNS
 from .pictures import is_picture
+from .source_images import COLUMNS
 
 # Bytes of a caption file whose text the index keeps; longer ones are rare, and would make the index large.
 _MOST_KEPT = 4096

@@ -19,9 +19,8 @@ from .examples import Augmentation, Dataset, Example, LeftOut, reason_of, shorte
 from .index import Index, listing_fingerprint
 from .listing import File, Listing, list_folder, path_inside, without_folder
 from .masks import Masks
-from .picture_columns import PictureColumns
 from .pictures import FileSource, is_picture, measured, why_unread
-from .source_images import SourceFolders, WorsePictures
+from .source_images import PictureColumns, SourceFolders, WorsePictures
 
 MASKS = ("auto", "alpha", "off")
 _MOST_REPEATS = 1_000_000

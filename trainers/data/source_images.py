@@ -1,20 +1,25 @@
-"""Further pictures of a picture: source pictures, which an editing model gets, and the worse picture of a pair."""
+"""Further pictures of a picture: source pictures, which an editing model gets, and the worse picture of a pair.
+
+They lie in folders, or columns of metadata tables name them.
+"""
 
 from __future__ import annotations
 
 import posixpath
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from ..errors import DatasetError
+from . import captions
 from .examples import Example, LeftOut
-from .listing import File, Listing, fold, list_folder, path_inside, stem_of, without_folder
+from .listing import File, Listing, Owners, fold, list_folder, path_inside, stem_of, without_folder
 from .pictures import FileSource, is_picture, why_unread
 
 if TYPE_CHECKING:
     from .examples import Source
-    from .picture_columns import PictureColumn, PictureColumns
 
 # Two pictures have the same shape, so that positions match, if their aspect ratios differ by at most this fraction.
 _ALIKE = 0.02
@@ -22,6 +27,9 @@ _ALIKE = 0.02
 # The inputs that name the folders of a picture's first, second and third source picture, and of its worse one.
 CONTROL_FOLDERS = ("control_folder", "control_folder_2", "control_folder_3")
 WORSE_FOLDER = "worse_folder"
+# Columns by the input that names a folder in their place. In Hugging Face's layout, columns of files end like this.
+_BY_INPUT = {name: name.replace("folder", "file_name") for name in (*CONTROL_FOLDERS, WORSE_FOLDER)}
+COLUMNS = frozenset(_BY_INPUT.values())
 
 
 class SourceFolders:
@@ -244,3 +252,93 @@ def check_pair(worse: Example, size: tuple[int, int], input: str) -> None:
             "Crop both to the same shape.",
             input,
         )
+
+
+class PictureColumns:
+    """Columns of the metadata tables in a folder that name further pictures."""
+
+    def __init__(self, listing: Listing):
+        # By column and picture: the table, and the name of the file that its row names.
+        self._rows: dict[str, dict[str, tuple[str, str]]] = {}
+        self._listing = listing
+        self._owners = Owners(name for name in listing.files if is_picture(name))
+        for name, file in listing.files.items():
+            if posixpath.basename(name).lower() in captions.METADATA:
+                # The captions' reader reports what it cannot read.
+                with suppress(DatasetError):
+                    self._read(file)
+
+    def _read(self, table: File) -> None:
+        if "_file_name" not in captions.read_text(table.path, table.name).lower():
+            return
+        for picture, row in captions.metadata_rows(table.path, table.name):
+            for column in COLUMNS & row.keys():
+                value = row[column]
+                if isinstance(value, str) and value.strip():
+                    for owner in self._owners.of(_beside(table, picture)):
+                        named = table.name, _beside(table, value.strip())
+                        self._rows.setdefault(column, {}).setdefault(owner, named)
+
+    def of(self, input: str, role: str, kind: str) -> PictureColumn | None:
+        """Return the column with the pictures of an input's folder; None if no row has it.
+
+        Args:
+            input, role, kind: as in `MatchingFolder`.
+        """
+        column = _BY_INPUT[input]
+        rows = self._rows.get(column)
+        return PictureColumn(column, role, kind, rows, self._owners, self._listing) if rows else None
+
+
+class PictureColumn:
+    """Pictures that one column names.
+
+    Args:
+        role, kind: as in `MatchingFolder`.
+        rows: by picture, the table and the name of the file in its row.
+        owners: all pictures of the folder.
+
+    Attributes:
+        lacking: reason for not using a picture whose row names none.
+    """
+
+    def __init__(
+        self, column: str, role: str, kind: str, rows: dict[str, tuple[str, str]], owners: Owners, listing: Listing
+    ):
+        self.lacking = f"its row has no {column}"
+        self._names = role, kind, column
+        self._rows, self._owners, self._listing = rows, owners, listing
+
+    def outside(self, listing: Listing) -> Listing:
+        """Return a listing without the pictures that the column names, except those that have such a row too."""
+        named = {name for _, file in self._rows.values() for name in self._owners.of(file)} - self._rows.keys()
+        return replace(listing, files={name: file for name, file in listing.files.items() if name not in named})
+
+    def of(self, name: str, measure: Callable[[File], dict]) -> Example | None:
+        """Return the picture that a picture's row names; None for none.
+
+        Args:
+            measure: returns the size and digest of a file.
+
+        Raises:
+            DatasetError: the folder has no such picture, or it cannot be read.
+        """
+        if name not in self._rows:
+            return None
+        table, file = self._rows[name]
+        role, kind, column = self._names
+        pictures = self._owners.of(file)
+        if not pictures:
+            raise DatasetError(
+                f"its {column} in {table}, '{file}', is no picture of the folder", "Correct it.", "folder"
+            )
+        return read_match(self._listing.files[pictures[0]], self._listing.root, role, kind, "folder", measure)
+
+    def lonely(self) -> list[LeftOut]:
+        """Return nothing: the column names no picture without another."""
+        return []
+
+
+def _beside(table: File, name: str) -> str:
+    """Return a file's name in the folder by its name in a row. Look it up only among listed files."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(table.name), name.replace("\\", "/")))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..data.examples import LeftOut, shortened
 from ..data.prior import refuse_if_one_sided
 from ..errors import DatasetError, SettingsError
+from ..inspection.dataset_warnings import warn_of_enlarged, warn_of_resolution, warn_of_scan, warn_of_skipped
 from ..protocols import HOLE, MAX_SOURCES, SOURCE
 from ..recipe.options import PROMPT_NODES, TEXT_ALONE
 from ..recipe.parsing import read_prompts
@@ -19,14 +20,13 @@ from .cache import cache_size, prune
 from .cache_filler import CacheFiller
 from .crops import CroppedExample, all_resolutions, crop_examples, held_out
 from .dataset_caches import DatasetCaches
-from .dataset_warnings import list_warnings
 from .items import DatasetItem, slider_items
 from .preview_sources import named_sources, preview_sources
 from .samples import SampleReader
 
 if TYPE_CHECKING:
     from ..data.examples import Dataset, Example
-    from ..protocols import Host
+    from ..protocols import Host, TextEncoder
     from ..recipe.recipe import Recipe
     from ..runs.folders import Folders
     from .preview_sources import PreviewInput
@@ -232,7 +232,7 @@ def _report_warnings(
 ) -> None:
     if left_out:
         log.warning("Graft: skipped %d files: %s", len(left_out), shortened(left_out, 50))
-    warnings = list_warnings(dataset, recipe, training, left_out, host.text)
+    warnings = _list_warnings(dataset, recipe, training, left_out, host.text)
     for warning in warnings:
         if warning["kind"] != "skipped":
             log.warning("Graft: %s", warning["text"])
@@ -262,3 +262,52 @@ def _describe_latents(cropped: CroppedExample, caches: DatasetCaches) -> str:
         return "mean and log-variance, sampled anew at every showing"
     log.info("Graft: this VAE has no posterior to sample; training uses the mean of each picture.")
     return "mean alone: the VAE has no posterior"
+
+
+def _list_warnings(
+    dataset: Dataset,
+    recipe: Recipe,
+    training: Sequence[CroppedExample],
+    left_out: Sequence[LeftOut],
+    text_encoder: TextEncoder,
+) -> list[dict[str, Any]]:
+    """List the warnings that a user should read before a long training.
+
+    Args:
+        training: the pictures that are trained on.
+        left_out: all files that are not trained on, with those of the scan.
+    """
+    pictures = [(cropped.example, crop) for cropped in training for crop in cropped.crops]
+    warnings = [
+        warn_of_skipped(left_out, len(dataset.examples) + len(dataset.left_out)),
+        *warn_of_scan(dataset),
+        warn_of_enlarged(pictures),
+        _warn_of_batch(recipe, [cropped for cropped in training if not cropped.example.prior]),
+        warn_of_resolution(recipe.resolution, recipe.family),
+        _warn_of_unseen_sources(recipe, training, text_encoder),
+    ]
+    return [warning for warning in warnings if warning]
+
+
+def _warn_of_unseen_sources(
+    recipe: Recipe, training: Sequence[CroppedExample], text_encoder: TextEncoder
+) -> dict[str, Any] | None:
+    has_sources = any(cropped.example.sources for cropped in training)
+    if recipe.prompt_node != TEXT_ALONE or not has_sources or not text_encoder.sees_pictures:
+        return None
+    text = (
+        "This text encoder can see source pictures, but training encodes the captions alone. If a node such as "
+        "TextEncodeQwenImageEditPlus encodes your prompts, choose it as prompt_node in Graft Run Options."
+    )
+    return {"kind": "sources", "text": text}
+
+
+def _warn_of_batch(recipe: Recipe, subject: Sequence[CroppedExample]) -> dict[str, Any] | None:
+    showings = sum(cropped.example.repeats * len(cropped.crops) for cropped in subject)
+    if recipe.batch_size <= showings:
+        return None
+    text = (
+        f"batch_size {recipe.batch_size} is larger than the dataset: a step shows all {showings} pictures at most. "
+        f"Set batch_size to {showings} or less, or add pictures."
+    )
+    return {"kind": "batch", "text": text, "batch": recipe.batch_size, "count": showings}

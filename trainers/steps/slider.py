@@ -1,4 +1,8 @@
-"""Losses of a concept slider: the adapter at +s leads to one side, at -s to the other, and anchors stay."""
+"""Losses of a concept slider (Gandikota et al. 2023), and its equations.
+
+The adapter at +s leads to one side, at -s to the other, and anchors stay. The arithmetic holds for the raw outputs of
+every parameterization: at one x_t and sigma they are affine in the noise.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,6 @@ import torch
 from ..families import family_of
 from ..memory.transfer import upload
 from ..objective.losses import example_losses
-from ..objective.slider import GUIDANCE, draw_path, euler_step, guided, led
 from ..objective.targets import parameterization
 from .predict import encode_live, factors_of, predict, weights_of
 
@@ -21,6 +24,46 @@ if TYPE_CHECKING:
     from ..protocols import Host
     from .plan import Plan
     from .predict import MicroBatch, Watch
+
+# As in the paper's code: the guidance of the latents that the base draws.
+GUIDANCE = 3.0
+# Euler steps from pure noise to none; a latent takes part of them, to its own noise level.
+DRAW_STEPS = 12
+
+
+def led(target: torch.Tensor, positive: torch.Tensor, negative: torch.Tensor, strength: float) -> torch.Tensor:
+    """Return target + s (positive - negative), the output to which a slider leads the model at strength s."""
+    return target + strength * (positive - negative)
+
+
+def guided(output: torch.Tensor, without: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Return the output under classifier-free guidance, from those with the prompt and without it."""
+    return without + guidance * (output - without)
+
+
+def draw_path(levels: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+    """Return falling noise levels from the highest one to each sigma, which the last ones repeat.
+
+    Args:
+        levels: the model's noise levels in rising order, [N].
+        sigma: [B].
+
+    Returns:
+        [DRAW_STEPS + 1, B], evenly spaced over the model's own levels.
+    """
+    last = len(levels) - 1
+    places = (last - torch.arange(DRAW_STEPS + 1) * last / DRAW_STEPS).round().long()
+    # At the end itself: timestep options may draw sigmas between the levels.
+    return torch.maximum(levels[places][:, None], sigma[None])
+
+
+def euler_step(denoised: torch.Tensor, x_t: torch.Tensor, sigma: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """Return x_t at the following noise level (Karras et al. 2022, Euler).
+
+    Args:
+        denoised: the x0 that the model predicts at x_t and sigma. All arguments are [B, ...] or broadcastable to it.
+    """
+    return x_t + (x_t - denoised) / sigma * (following - sigma)
 
 
 class _Side(NamedTuple):
