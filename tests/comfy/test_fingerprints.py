@@ -32,7 +32,7 @@ def load(path):
 
 
 def fingerprints(base, earlier=False):
-    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest, sampled_patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest, sampled_patcher_digest
     from graft_pack.nodes.host.model.text_encoder import ComfyText
     from graft_pack.nodes.host.model.vae import ComfyCodec
 
@@ -48,16 +48,16 @@ def fingerprints(base, earlier=False):
 @pytest.fixture
 def reads(monkeypatch):
     """Return the list of sizes of tensors that are read whole from now on."""
-    from graft_pack.nodes.host.model.identity import checksums
+    from graft_pack.nodes.host.model import fingerprint
 
     found = []
-    compute = checksums._compute
+    compute = fingerprint._compute
 
     def counted(tensor):
         found.append(tensor.numel())
         return compute(tensor)
 
-    monkeypatch.setattr(checksums, "_compute", counted)
+    monkeypatch.setattr(fingerprint, "_compute", counted)
     return found
 
 
@@ -108,7 +108,7 @@ def test_weights_are_read_once(tiny_base, reads):
 def test_weights_that_the_host_moves_and_patches_are_not_read_again(reads):
     """Training copies inference tensors, and a loaded clone's patches are in the weights in place."""
     import comfy.model_management
-    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
     from graft_pack.trainers.memory.autograd import own_weights
 
     with torch.inference_mode():
@@ -130,7 +130,7 @@ def test_weights_that_the_host_moves_and_patches_are_not_read_again(reads):
 
 @pytest.mark.parametrize("way", ["in place", "another tensor", "rows swapped"])
 def test_weights_that_are_changed_in_a_running_server_count(way):
-    from graft_pack.nodes.host.model.identity.fingerprint import module_digest
+    from graft_pack.nodes.host.model.fingerprint import module_digest
 
     module = torch.nn.Linear(300, 40)
     before = module_digest(module)
@@ -147,7 +147,7 @@ def test_weights_that_are_changed_in_a_running_server_count(way):
 
 
 def test_memory_that_is_given_anew_is_not_taken_for_the_old_tensor():
-    from graft_pack.nodes.host.model.identity.checksums import tensor_checksum
+    from graft_pack.nodes.host.model.fingerprint import tensor_checksum
 
     found = set()
     for number in range(50):
@@ -159,7 +159,7 @@ def test_memory_that_is_given_anew_is_not_taken_for_the_old_tensor():
     "dtype", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "uint8", "bool", "int64", "complex64"]
 )
 def test_every_kind_of_number_is_read(dtype):
-    from graft_pack.nodes.host.model.identity.checksums import tensor_checksum
+    from graft_pack.nodes.host.model.fingerprint import tensor_checksum
 
     ones, others = torch.ones(3, 5), torch.ones(3, 5)
     others[2, 4] = 0
@@ -171,7 +171,7 @@ def test_every_kind_of_number_is_read(dtype):
 
 
 def test_a_tensor_without_numbers_has_a_checksum():
-    from graft_pack.nodes.host.model.identity.checksums import tensor_checksum
+    from graft_pack.nodes.host.model.fingerprint import tensor_checksum
 
     shapes = [torch.zeros(0), torch.zeros(2, 0), torch.zeros(3, device="meta"), torch.tensor(0.0)]
     assert len({tensor_checksum(one) for one in shapes}) == 4
@@ -196,7 +196,7 @@ class Holding(torch.Tensor):
 
 
 def test_quantized_tensors_count_with_numbers_and_scale():
-    from graft_pack.nodes.host.model.identity.checksums import tensor_checksum
+    from graft_pack.nodes.host.model.fingerprint import tensor_checksum
 
     numbers = torch.zeros(4, 4, dtype=torch.int8)
     others = numbers.clone()
@@ -212,7 +212,7 @@ def test_quantized_tensors_count_with_numbers_and_scale():
 
 def test_a_lora_upstream_counts_with_all_its_numbers(tiny_base):
     import comfy.sd
-    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest, sampled_patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest, sampled_patcher_digest
 
     model, clip, _ = load(tiny_base)
     key = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -86,7 +86,7 @@ def test_every_adapter_trains_as_on_the_values(method):
 
 
 def test_private_tree_shares_the_bytes_and_stores_no_more():
-    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     weights = gguf_models.tensors(models.patcher("ZImage").model.diffusion_model.state_dict(), "Q4_K")
     model = gguf_models.alike("ZImage", weights)
@@ -218,7 +218,7 @@ def test_missing_library_is_named(layers, monkeypatch):
 
 
 def test_fingerprint_covers_bytes_and_types():
-    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     weights = gguf_models.tensors(models.patcher("Flux").model.diffusion_model.state_dict(), "Q4_0")
     found = [patcher_digest(gguf_models.alike("Flux", weights))]
@@ -304,7 +304,7 @@ def test_files_train_in_the_packs_own_layers(name, tmp_path):
 @pytest.mark.parametrize("name", ["Flux", "ZImage"])
 def test_the_pack_applies_what_was_trained(name, tmp_path):
     """The adapter has a normal base's keys, acts on the GGUF model as in training, and then is a part of the base."""
-    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
     from graft_pack.nodes.host.model.lora import apply_adapter
 
     gguf_models.real_pack()

@@ -298,7 +298,7 @@ def test_a_lora_from_upstream_is_part_of_the_base():
 
 
 def test_the_fingerprint_tells_bases_apart():
-    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     base = base_of("SD1")
     lora = random_lora(base)
@@ -320,7 +320,7 @@ def test_the_fingerprint_tells_bases_apart():
 
 def test_the_fingerprint_does_not_depend_on_what_is_loaded():
     """For the same MODEL, before the host loads it and while its patches are in the weights."""
-    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     base = base_of("SD1")
     patched = with_lora(base, random_lora(base), 0.7)
@@ -336,7 +336,7 @@ def test_the_fingerprint_does_not_depend_on_what_is_loaded():
 
 def test_the_fingerprint_sees_through_a_clone_that_is_loaded():
     """A sampling node replaces an object on the model that all clones share while its clone is loaded."""
-    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     base = base_of("SD1")
     v = through("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": False}, base)
@@ -353,7 +353,7 @@ def scaling(factor):
 
 @pytest.mark.parametrize("where", ["transformer patch", "wrapper", "weight wrapper"])
 def test_the_fingerprint_tells_what_a_patch_was_made_with(where):
-    from graft_pack.nodes.host.model.identity.fingerprint import patcher_digest
+    from graft_pack.nodes.host.model.fingerprint import patcher_digest
 
     digests = []
     for factor in (1.1, 1.5, 1.1):

@@ -9,8 +9,8 @@ from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.errors import DatasetError, SettingsError
 from graft_pack.trainers.memory.autograd import OutOfPlace
 from graft_pack.trainers.methods import ADAPTERS
-from graft_pack.trainers.steps.slider import DRAW_STEPS, GUIDANCE
 from graft_pack.trainers.preprocessing.items import DatasetItem, Poles, Sample
+from graft_pack.trainers.steps.slider import DRAW_STEPS, GUIDANCE
 
 from tests.support import models
 from tests.support.diffusers_host import gradient_of

@@ -16,7 +16,7 @@ from ....trainers.runs.earlier import claim
 from .. import paths
 from ..model import families
 from ..model.checks import check_sockets
-from ..model.identity.fingerprint import patcher_digest, sampled_patcher_digest
+from ..model.fingerprint import patcher_digest, sampled_patcher_digest
 from ..model.text_encoder import ComfyText
 from ..model.vae import ComfyCodec
 from ..server.progress import gallery

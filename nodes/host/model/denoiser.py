@@ -21,7 +21,7 @@ from ....trainers.memory.transfer import upload
 from ....trainers.protocols import HOLE, MAX_SOURCES, SOURCE, Conditioning, Geometry, PictureRequest
 from . import compat, encoded_prompts, families, placement, private_base, sampling
 from .checks import check_trainable, warn_of_model
-from .identity.fingerprint import patcher_digest, sampled_patcher_digest
+from .fingerprint import patcher_digest, sampled_patcher_digest
 from .lora import classic, unread_keys
 from .lora_schedule import refuse_scheduled_lora
 from .quantization import gguf, quantized

@@ -16,7 +16,7 @@ import torch
 from ....trainers.data.examples import EncodedPrompt
 from ....trainers.errors import DatasetError
 from ....trainers.memory.transfer import upload
-from .identity.checksums import tensor_checksum
+from .fingerprint import tensor_checksum
 
 if TYPE_CHECKING:
     Arrived = list[tuple[torch.Tensor | None, dict[str, Any]]]

@@ -13,7 +13,7 @@ from ....trainers.memory.transfer import PinnedConstants
 from ....trainers.preprocessing.prefetch import LRUCache
 from . import compat, embeddings, prompt_nodes
 from .clip_batching import encode_alike, encode_together, encoded, form_of
-from .identity.fingerprint import patcher_digest, sampled_patcher_digest
+from .fingerprint import patcher_digest, sampled_patcher_digest
 
 if TYPE_CHECKING:
     import torch

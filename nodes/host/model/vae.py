@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ....trainers.memory.oom import is_out_of_memory
 from . import prompt_nodes
-from .identity.fingerprint import module_digest, sampled_module_digest
+from .fingerprint import module_digest, sampled_module_digest
 
 if TYPE_CHECKING:
     import torch

@@ -1,1 +1,0 @@
-"""Identity of weights: fingerprints of models, text encoders and VAEs."""
