@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
     from ..protocols import Host
     from ..recipe.recipe import Recipe
-    from .cache_filler import CacheFiller
-    from .dataset_caches import DatasetCaches
+    from .dataset_caches import CacheFiller, DatasetCaches
 
 
 @dataclass(frozen=True)

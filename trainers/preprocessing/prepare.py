@@ -17,9 +17,8 @@ from ..recipe.parsing import read_prompts
 from ..runs import run_lock
 from ..text import join_first
 from .cache import cache_size, prune
-from .cache_filler import CacheFiller
 from .crops import CroppedExample, all_resolutions, crop_examples, held_out
-from .dataset_caches import DatasetCaches
+from .dataset_caches import CacheFiller, DatasetCaches
 from .items import DatasetItem, slider_items
 from .preview_sources import named_sources, preview_sources
 from .samples import SampleReader
