@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from ..errors import ModelError
 from .keys import ALPHA, BIAS, DORA, DOWN, UP, split
 from .kohya import has_host_magnitudes
-from .layers.paths import family_of_paths
-from .layers.paths import place_of as layer_path
-from .layers.published import joint_path
+from .layer_paths import family_of_paths
+from .layer_paths import place_of as layer_path
 from .peft_format import PeftAdapter, as_published, is_published, place_of
+from .published_layers import joint_path
 
 if TYPE_CHECKING:
     import torch

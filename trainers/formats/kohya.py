@@ -28,8 +28,8 @@ from .keys import (
     shape_of,
     split,
 )
-from .layers.paths import LayerPath, family_of_layers, place_of
-from .layers.published import is_swapped, joint_path, original_path
+from .layer_paths import LayerPath, family_of_layers, place_of
+from .published_layers import is_swapped, joint_path, original_path
 
 if TYPE_CHECKING:
     import torch

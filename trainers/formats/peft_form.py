@@ -11,9 +11,9 @@ from ..errors import ModelError
 from ..families import LayerSplit
 from .keys import ALPHA, BIAS, DORA, DOWN, MID, UP, split
 from .kohya import plain_factors
-from .layers.paths import LayerPath, family_of_layers, place_of
-from .layers.published import diffusers_path, has_layer, is_swapped, joint_path, splits_of
+from .layer_paths import LayerPath, family_of_layers, place_of
 from .peft_format import PeftAdapter
+from .published_layers import diffusers_path, has_layer, is_swapped, joint_path, splits_of
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adap
 from graft_pack.trainers.formats.forms import file_form
 from graft_pack.trainers.formats.keys import split
 from graft_pack.trainers.formats.kohya import kohya_form
-from graft_pack.trainers.formats.layers.paths import family_of_layers
+from graft_pack.trainers.formats.layer_paths import family_of_layers
 from graft_pack.trainers.formats.peft_format import PeftAdapter
 
 

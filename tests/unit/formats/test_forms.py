@@ -9,7 +9,7 @@ from graft_pack.trainers.formats import files
 from graft_pack.trainers.formats.adapter import Adapter, load_adapter, save_adapter
 from graft_pack.trainers.formats.convert import host_places
 from graft_pack.trainers.formats.embedding import embeddings_of
-from graft_pack.trainers.formats.layers.paths import dotted, place_of
+from graft_pack.trainers.formats.layer_paths import dotted, place_of
 from graft_pack.trainers.formats.peft_form import peft_form
 
 # Layers of kohya's files with (outputs, inputs), by family.

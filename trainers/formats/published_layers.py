@@ -10,7 +10,7 @@ import functools
 import re
 from typing import TYPE_CHECKING
 
-from ...families import LayerSplit
+from ..families import LayerSplit
 
 if TYPE_CHECKING:
     import torch

@@ -9,11 +9,11 @@ import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..keys import common_name, misfit_of_parts, shape_of
-from .published import joint_path
+from .keys import common_name, misfit_of_parts, shape_of
+from .published_layers import joint_path
 
 if TYPE_CHECKING:
-    from ..keys import Layers
+    from .keys import Layers
 
 # Module names with underscores, of the networks in diffusers, transformers and the original checkpoints.
 _WORDS = """

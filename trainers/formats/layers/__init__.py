@@ -1,1 +1,0 @@
-"""Layers of adapter files: their paths, and their counterparts in diffusers."""
