@@ -4,11 +4,10 @@ import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 import { makeCommands, TAB } from "./commands.js";
 import { DatasetNodes, LOADER } from "./dataset/node.js";
-import { DatasetRoutes } from "./dataset/routes.js";
 import { History } from "./history/tab.js";
 import { allNodes, dropQuarantine, hasSources, keepEdits, keepLinks, pathOf } from "./panel/graph.js";
 import { addElement, throttled } from "./panel/make.js";
-import { Routes } from "./panel/routes.js";
+import { DatasetRoutes, Routes } from "./panel/routes.js";
 import { Store } from "./panel/training.js";
 import { Panel, HEIGHT, WIDTH } from "./panel/view.js";
 import { listQueue } from "./panel/words.js";
@@ -104,13 +103,11 @@ function addHistory() {
   });
 }
 
-function addStyles(...names) {
-  for (const name of names) {
-    const style = document.createElement("link");
-    style.rel = "stylesheet";
-    style.href = new URL(name, import.meta.url).href;
-    document.head.append(style);
-  }
+function addStyle() {
+  const style = document.createElement("link");
+  style.rel = "stylesheet";
+  style.href = new URL("./graft.css", import.meta.url).href;
+  document.head.append(style);
 }
 
 // Repair a link in a help page, which assumes the registry's folder name, if the pack's folder has another name.
@@ -196,7 +193,7 @@ function addPanel(node) {
     leaveOut(node);
     dropQuarantine(node.properties);
   }
-  // The panel shows the sample pictures: ComfyUI's own preview would make the node longer (see panel.css too).
+  // The panel shows the sample pictures: ComfyUI's own preview would make the node longer (see graft.css too).
   node.onDrawBackground = () => {};
   node.setSize([Math.max(node.size[0], WIDTH), node.computeSize()[1]]);
   panels.set(node, panel);
@@ -230,7 +227,7 @@ app.registerExtension({
   commands,
   menuCommands: [{ path: ["Graft"], commands: commands.map(({ id }) => id) }],
   async setup() {
-    addStyles("./panel/panel.css", "./history/history.css", "./dataset/dataset.css");
+    addStyle();
     for (const event of ["pointerdown", "click"]) document.addEventListener(event, rehome, true);
     await loadTexts(api, app);
     addHistory();

@@ -172,7 +172,7 @@ def test_a_picture_that_is_uploaded_again_stays(page, make_folder, tmp_path):
     ]
     answer = page.js("""
         const { uploadAll } = await import('/extensions/graft/dataset/adding.js');
-        const { DatasetRoutes } = await import('/extensions/graft/dataset/routes.js');
+        const { DatasetRoutes } = await import('/extensions/graft/panel/routes.js');
         const read = text => Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
         const pictures = args[1].map(({path, bytes}) => ({path, file: new File([read(bytes)], path)}));
         const sorted = {pictures, captions: [], tables: [], others: []};

@@ -2,8 +2,7 @@
 import { make, mark, say } from "../panel/make.js";
 import { formatLoss } from "../panel/words.js";
 import { t, text } from "../texts.js";
-import { shortly } from "./comparison.js";
-import { drawSpark } from "./plot.js";
+import { drawSpark, shortly } from "./comparison.js";
 
 const STATES = {
   running: text("Training"),

@@ -183,7 +183,7 @@ export class Panel {
       this._point((event.clientX - box.left) / Math.max(1, box.width));
     });
     this._canvas.addEventListener("pointerleave", () => this._point(null));
-    // A change of theme starts a color transition on the canvas (panel.css). Redraw when it ends.
+    // A change of theme starts a color transition on the canvas (graft.css). Redraw when it ends.
     this._canvas.addEventListener("transitionend", () => this._drawChart());
     new ResizeObserver(([{ contentRect }]) => {
       this._chart.resize(contentRect.width, contentRect.height);
