@@ -7,11 +7,9 @@ import { takeDrops } from "./adding.js";
 import { openBulkEdit } from "./bulk.js";
 import { openConflict, openUnsaved } from "./conflict.js";
 import { Dataset } from "./dataset.js";
-import { Grid } from "./grid.js";
+import { Grid, Tile } from "./grid.js";
 import { openPicture } from "./picture.js";
-import { SideBar } from "./side.js";
-import { Tile } from "./tile.js";
-import { Toolbar } from "./toolbar.js";
+import { SideBar, Toolbar } from "./toolbar.js";
 
 const PAUSE = 1000; // minimum milliseconds between two counts of tags and flags
 

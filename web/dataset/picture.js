@@ -1,8 +1,8 @@
 // One picture at full size, with the part that training sees; a press moves its center.
 import { button, make, mark, openDialog, say } from "../panel/make.js";
 import { t } from "../texts.js";
+import { describeFacts } from "./grid.js";
 import { openMaskEditor } from "./mask_editor.js";
-import { describeFacts } from "./tile.js";
 
 const STEP = 0.02; // how far an arrow key moves the center, in fractions of the picture
 
