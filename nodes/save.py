@@ -84,12 +84,10 @@ class GraftSaveDataset(io.ComfyNode):
 
 
 def _count(batches) -> int:
-    """Return the number of pictures or masks in a list of batches, or of single masks."""
     return sum(len(batch) if batch.ndim > 2 else 1 for batch in batches)
 
 
 def _each(masks, count: int):
-    """Yield the mask of each picture, or None."""
     arrived = eight_bits(masks or [], "masks")
     return arrived if _count(masks or []) > 1 else repeat(next(arrived, None), count)
 

@@ -74,7 +74,6 @@ class VideoFile:
         yield from frames
 
     def _decoded(self, first: int, stamp: int) -> Iterator[tuple[int, Image.Image]]:
-        """Yield frames from index `first` on, after a search for a timestamp if it is not 0."""
         with _opened(self._path) as container:
             stream = _video_stream(container)
             if stamp:

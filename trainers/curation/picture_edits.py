@@ -117,7 +117,6 @@ class _Companions:
         self._stems = Counter(stem_of(name) for name in listing.files if is_media(name) and name not in masks.files)
 
     def of(self, name: str) -> list[str]:
-        """Return the names of a picture's files; none if another picture shares them."""
         if self._stems[stem_of(name)] > 1:
             return []
         texts = [file.name for file in self._captions.files_of(name)]
@@ -320,7 +319,6 @@ def write_mask(folder: str, name: str, content: bytes) -> bool:
 
 
 def _keep(root: str, name: str) -> None:
-    """Copy a file into the trash before it is replaced; do nothing if there is none."""
     path = path_to_write(root, name)
     if os.path.isfile(path):
         place = _below(_new_place(root), name)

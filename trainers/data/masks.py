@@ -119,7 +119,6 @@ class Masks:
             self.by_stem = self._match(folder, listing)
 
     def _match(self, folder: Listing, listing: Listing) -> dict[str, File]:
-        """Return the masks of a folder of masks by the stems of their pictures."""
         owners = Owners(stem_of(name) for name in listing.files if self._takes(name))
         by_stem: dict[str, File] = {}
         self.left_out += folder.left_out
@@ -147,7 +146,6 @@ class Masks:
 
 
 def _mask_source(file: File, root: str, index: Index) -> MaskSource:
-    """Return a mask file as a source. Raise DatasetError if it cannot be read."""
 
     def measure() -> dict:
         facts = measure_facts(file)

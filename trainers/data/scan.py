@@ -144,7 +144,6 @@ def _without_masks(listing: Listing, mask_folder: str) -> Listing:
 
 
 def _unread(listing: Listing, takes: Callable[[str], bool]) -> list[LeftOut]:
-    """List the files that can neither be trained on nor are captions, with their reasons."""
     return [
         LeftOut(name, reason)
         for name in listing.files
@@ -208,7 +207,6 @@ class _Reader:
         self._unusual: dict[str, tuple[int, int]] = {}
 
     def read(self, tick: Callable[[int, int], None]) -> list[Example]:
-        """Return the usable pictures as examples."""
         pictures = self._masks.pictures
         examples = []
         for number, file in enumerate(pictures):
@@ -267,7 +265,6 @@ class _Reader:
         return replace(example, control=sources[0], more_controls=sources[1:]) if sources else example
 
     def warnings(self) -> tuple[str, ...]:
-        """Return questions about folder names whose repeats are probably not intended."""
         return tuple(
             f"The folder name '{folder}' repeats its {_counted(count)} {times} times in an epoch. "
             f"If {times} is a date or a number, rename the folder, such as to '{folder.replace('_', '-', 1)}'."

@@ -71,7 +71,6 @@ class Checkpointer:
             ) from error
 
     def _restore_optimizer(self, state: State) -> None:
-        """Restore the optimizer and the moving average."""
         recipe = self._plan.recipe
         self._updater.restore(state.optimizer, state.groups, state.scaler)
         state.optimizer = {}

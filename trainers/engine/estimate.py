@@ -155,7 +155,6 @@ class _Dry:
         self._account = DevicePeakMemory(self._device)
 
     def estimate(self) -> Estimate:
-        """Estimate the plan as it is. If it does not fit, search for settings that would help."""
         free = self._host.denoiser.free_memory()
         there = bytes_of(self._held()) + bytes_of(self._mover.tensors()) + self._average
         single, more = self._line()
@@ -171,7 +170,6 @@ class _Dry:
         return Estimate(int(memory), int(memory) - there, free, seconds)
 
     def _held(self) -> list[torch.Tensor]:
-        """Return the weights and buffers that stay on the device between steps."""
         weights = [tensor for tree in self._trees for tensor in (*tree.parameters(), *tree.buffers())]
         return [weight for weight in weights if not is_offloaded(weight) and weight.device.type == self._device.type]
 
@@ -248,7 +246,6 @@ class _Dry:
         return usual / self._plan.train[self._batch[0][0]].volume
 
     def _passes(self, size: int, times: int) -> None:
-        """Run forward and backward of `size` pictures at once, `times` times. Discard the gradients."""
         plan, host = self._plan, self._host
         samples = plan.samples(self._batch[:size])
         recipe = replace(plan.recipe, micro_batch=0)
@@ -388,7 +385,6 @@ def _tensors_in(slots: Iterable[dict]) -> list[torch.Tensor]:
 
 
 def _wait(device: torch.device) -> None:
-    """Wait until the device has finished its queued work."""
     synchronize = getattr(getattr(torch, device.type, None), "synchronize", None)
     if synchronize is not None:
         synchronize()

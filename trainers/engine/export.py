@@ -42,7 +42,6 @@ class Exporter:
     identity: str
 
     def __call__(self, values: dict[str, torch.Tensor], step: int) -> Products:
-        """Return the products of a step."""
         facts = self._facts(step)
         weights = {name: value for name, value in values.items() if not name.startswith(textual_inversion.PREFIX)}
         adapter = self._adapter(weights, facts) if weights else None
@@ -69,7 +68,6 @@ class Exporter:
         return fields
 
     def _facts(self, step: int) -> dict[str, Any]:
-        """Return the facts that `describe_training` turns into metadata."""
         recipe, family = self.recipe, self.host.denoiser.family
         return {
             "family": family,

@@ -154,7 +154,6 @@ def _without_tf32() -> Iterator[None]:
 
 @contextmanager
 def _shifted(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Change parameters by small random numbers within the block."""
     kept = [parameter.detach().clone() for parameter in parameters]
     source = generator("check", 0)
     try:

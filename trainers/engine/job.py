@@ -159,13 +159,11 @@ def _write_start(folder: str, start: Adapter | Embedding) -> None:
 
 
 def _find_start(folder: str) -> str:
-    """Return the path of the file to start from in a job's folder, empty if there is none."""
     paths = (os.path.join(folder, _START), os.path.join(folder, _PEFT_START, WEIGHTS))
     return next((path for path in paths if os.path.isfile(path)), "")
 
 
 def _hash_of_start(path: str) -> str:
-    """Return the hash of a file to start from, and of the files beside it in peft's folder."""
     folder, name = os.path.split(path)
     if name == _START:
         return atomic.file_hash(path)
@@ -189,13 +187,11 @@ def _marked(dataset: Dataset, prepared: Prepared) -> Dataset:
 
 
 def _sizes_of(cache: str) -> dict[str, int]:
-    """Return the sizes in bytes of a job's cached files, by their paths in its cache with slashes."""
     paths = [os.path.join(at, name) for at, _, names in os.walk(cache) for name in names]
     return {os.path.relpath(path, cache).replace(os.sep, "/"): os.path.getsize(path) for path in sorted(paths)}
 
 
 def _write(folder: str, job: Job) -> None:
-    """Write the job.json of a folder that already has the file to start from, if any."""
     value = {
         "format": _FORMAT,
         "recipe": job.recipe.as_json(),
@@ -236,7 +232,6 @@ def _replaced(path: str):
 
 
 def _check_replaceable(path: str) -> None:
-    """Raise RunError if `path` exists and is not a job."""
     if os.path.exists(path) and not _is_job(path):
         raise RunError(f"'{path}' exists and is not a job.", "Move it away, or give the run another name.")
 
@@ -261,7 +256,6 @@ def _is_job(folder: str) -> bool:
 
 
 def _is_part_of_job(folder: str) -> bool:
-    """Report whether a folder is a job, or holds nothing but what a half-written job holds."""
     return _is_job(folder) or set(os.listdir(folder)) <= {_CACHE, _START, _PEFT_START, _README, _FILE}
 
 
@@ -317,7 +311,6 @@ def read_job(folder: str, is_local: bool = False) -> Job:
 
 
 def _decode_job(path: str, value: Any, is_local: bool) -> Job:
-    """Return the job of a job.json. Raise RunError or the errors of wrong keys and types."""
     if value["format"] != _FORMAT:
         raise RunError(
             f"The job '{path}' has the unknown format {value['format']!r:.40}.", "Export it again with this version."

@@ -247,7 +247,6 @@ class _Trainer:
         self._host.report("step", event)
 
     def _advance(self, step: PendingStep, numbers: StepNumbers) -> None:
-        """Advance the state by a step."""
         state = self._state
         state.step += 1
         state.batches += len(step.window.batches)

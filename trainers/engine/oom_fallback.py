@@ -102,7 +102,6 @@ class OOMFallback:
             self._apply_next(message, step)
 
     def _apply_next(self, message: str, step: int) -> None:
-        """Apply the next fallback that has anything left to do."""
         fallbacks = (
             self._make_room,
             self._checkpoint,

@@ -66,7 +66,6 @@ def _preview(plan: Plan, run: Run, host: Host, step: int) -> None:
 
 
 def _requests(plan: Plan) -> list[PictureRequest]:
-    """Return a request for each prompt: its own settings, and those of the recipe for the others."""
     recipe = plan.recipe
     usual, masks = _usual_bucket(plan), _inpaint_masks(plan)
     frames = median_low([item.frames for item in plan.train if not item.prior] or [1])
@@ -109,7 +108,6 @@ def _drawn(plan: Plan, host: Host, step: int) -> list[Picture]:
 
 
 def _drawing(plan: Plan, host: Host, step: int) -> Callable[[], list[Picture]]:
-    """Return the function that samples the pictures, on the trained model or on the preview model."""
     requests = _requests(plan)
     if host.preview_model is None:
         draw = partial(host.denoiser.preview, requests)
@@ -124,7 +122,6 @@ def _drawing(plan: Plan, host: Host, step: int) -> Callable[[], list[Picture]]:
 
 
 def _drawn_rows(plan: Plan, draw: Callable[[], list[Picture]]) -> list[Picture]:
-    """Draw each picture of a slider at several strengths on the trained model, in a row."""
     columns = []
     for strength in _STRENGTHS:
         with plan.scaled(strength) if strength else plan.switched_off():
@@ -133,7 +130,6 @@ def _drawn_rows(plan: Plan, draw: Callable[[], list[Picture]]) -> list[Picture]:
 
 
 def _in_rows(columns: Iterable[list[Picture]]) -> list[Picture]:
-    """Join the pictures of the columns row by row, clips frame by frame."""
     return [
         [_row(frames) for frames in zip(*pictures, strict=True)] if isinstance(pictures[0], list) else _row(pictures)
         for pictures in zip(*columns, strict=True)

@@ -126,7 +126,6 @@ def resolve(options: Options, family: Family, inputs: RecipeInputs) -> Recipe:
 
 
 def _with_preset(options: Options) -> Options:
-    """Return options with the fields that their preset sets and the user does not."""
     filled = Options(PRESETS.get(options.value("adapter", "preset", ""), {}))
     filled.update(options)
     filled.preview_model = options.preview_model
@@ -144,7 +143,6 @@ def describe_preset(recipe: Recipe) -> str:
 
 
 def _ranks_of_start(inputs: RecipeInputs) -> Mapping[str, Any]:
-    """Return the ranks of the adapter to start from. Raise SettingsError if there is none, or if it has no rank."""
     if not inputs.ranks:
         raise SettingsError(
             "rank is 0, which stands for the rank of the adapter to start from, and there is no adapter with a rank.",
@@ -160,7 +158,6 @@ def _method_name(options: Options, inputs: RecipeInputs) -> str:
 
 
 def _check_adapter_type(options: Options, method: Method) -> None:
-    """Raise SettingsError for a type of adapter if the method trains all weights."""
     if method.in_backward and ("adapter", "type") in options:
         raise SettingsError(
             "type is set, but this node trains all weights, not an adapter: it would have no effect.",
@@ -170,7 +167,6 @@ def _check_adapter_type(options: Options, method: Method) -> None:
 
 
 def _check_text_encoder(options: Options) -> None:
-    """Raise SettingsError for options of the text encoder if `text_encoder` is off."""
     trained = options.value("adapter", "text_encoder", "off") == "on"
     for name in ("text_encoder_rank", "text_encoder_learning_rate"):
         if not trained and ("adapter", name) in options:
@@ -182,7 +178,6 @@ def _check_text_encoder(options: Options) -> None:
 
 
 def _option_fields(options: Options) -> dict[str, Any]:
-    """Return the recipe's fields that option nodes set. The objective is one field, built from all of its options."""
     declared = {key: OPTIONS[key[0]][key[1]] for key in options if key[0] != "objective"}
     return {entry.name: entry.value_of(options[key]) for key, entry in declared.items()}
 
@@ -213,13 +208,11 @@ def _embedding_fields(options: Options, embedding: EmbeddingSpec | None) -> dict
 
 
 def _input_fields(inputs: RecipeInputs) -> dict[str, Any]:
-    """Return the recipe's fields that the training node's own widgets and the dataset set."""
     names = ("steps", "learning_rate", "batch_size", "seed", "resolution", "trigger", "preference_beta")
     return _without_unset({name: getattr(inputs, name) for name in names}, "learning_rate", "resolution")
 
 
 def _without_unset(fields: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Leave out the named fields if they have their unset value."""
     return {name: value for name, value in fields.items() if name not in names or value != RECIPE_OPTIONS[name].unset}
 
 

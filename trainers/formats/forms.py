@@ -117,7 +117,6 @@ def from_peft(native: PeftAdapter, format: str) -> dict[str, torch.Tensor]:
 
 
 def _fields(network: dict) -> dict[str, str]:
-    """Return kohya's fields as metadata has them, without those that do not apply."""
     texts = {name: json.dumps(value) if isinstance(value, dict) else value for name, value in network.items()}
     return {f"ss_{name}": str(value) for name, value in texts.items() if value is not None}
 

@@ -186,7 +186,6 @@ def misfit_of_parts(held: dict[str, torch.Tensor]) -> str:
 
 
 def _misfit_of_pairs(held: dict[str, torch.Tensor]) -> str:
-    """Return the reason why the tensors of a LoHa, LoKr, OFT or GLoRA layer do not fit, empty if they do."""
     if any(end.startswith("hada_") for end in held):
         if not {"hada_w1_a", "hada_w2_a"} <= held.keys():
             return f"{'hada_w2_a' if 'hada_w1_a' in held else 'hada_w1_a'} is missing"
@@ -284,7 +283,6 @@ def misfit_of_layer(held: dict[str, torch.Tensor], shape: tuple[int, ...]) -> st
 
 
 def _misfit_of_rotation(held: dict[str, torch.Tensor], rows: int) -> str:
-    """Return the reason why the blocks of OFT or BOFT do not rotate so many rows, empty if they do."""
     *steps, count, size, _ = held["oft_blocks"].shape
     # Each step of BOFT combines rows that lie twice as far apart as in the step before.
     is_misaligned = steps and (size % 2 or rows % (size * 2 ** (min(steps[0], 32) - 1)))

@@ -305,7 +305,6 @@ def _method_of(config: dict[str, Any], path: str) -> str:
 
 
 def _scales_of(places: set[str], config: dict[str, Any], path: str, budget: Budget) -> dict[str, float]:
-    """Return the effective scale of each layer by peft's rules, empty if the adapter type has no scale."""
     alpha = config.get("lora_alpha", config.get("alpha"))
     if not config.get("r") or alpha is None:
         return {}

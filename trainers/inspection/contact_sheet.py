@@ -157,7 +157,6 @@ def _draw_cell(sheet: Image.Image, draw, finding: Finding, corner: tuple[int, in
 
 
 def _beside(example: Example) -> list[Example]:
-    """List an example's source pictures and its worse picture."""
     return [*example.sources, *[example.paired] * (example.paired is not None)]
 
 
@@ -176,7 +175,6 @@ def _draw_beside(sheet: Image.Image, draw, pictures: Sequence[Example], corner: 
 
 
 def _length_of(example: Example) -> str:
-    """Return a clip's length and rate for its cell; empty for a still."""
     clip = example.clip
     if clip is None:
         return ""
@@ -203,7 +201,6 @@ def _whole(finding: Finding) -> Image.Image:
 
 
 def _three_frames(example: Example) -> list[Image.Image]:
-    """Decode the first, the middle and the last frame of a clip; leave out those that cannot be decoded."""
     clip = example.clip
     frames = [example.source.open()]
     for place in dict.fromkeys((clip.count // 2, clip.count - 1)):
@@ -213,7 +210,6 @@ def _three_frames(example: Example) -> list[Image.Image]:
 
 
 def _overlaid(picture: Image.Image, finding: Finding, factor: float) -> Image.Image:
-    """Return a whole picture, scaled: dark outside its worst crop, red where its mask excludes it."""
     from PIL import Image, ImageDraw
 
     crop = min(finding.crops, key=lambda candidate: candidate.kept)
@@ -247,7 +243,6 @@ def _printable(draw: ImageDraw.ImageDraw, text: str) -> str:
 
 
 def _fitting(draw: ImageDraw.ImageDraw, line: str, width: int, keep_end: bool = False) -> str:
-    """Shorten a line to the longest beginning, or the longest end, that fits a width."""
     line = _printable(draw, line)
     line = line[-400:] if keep_end else line[:400]
     if draw.textlength(line) <= width:
@@ -258,7 +253,6 @@ def _fitting(draw: ImageDraw.ImageDraw, line: str, width: int, keep_end: bool = 
 
 
 def _wrapped(draw: ImageDraw.ImageDraw, text: str, width: int, most: int) -> list[str]:
-    """Wrap a text to a width in at most `most` lines; shorten the last one."""
     words = _printable(draw, text[:1000]).split()
     lines: list[str] = []
     while words and len(lines) < most - 1:

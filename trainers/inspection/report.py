@@ -261,7 +261,6 @@ def warnings(findings: Findings, family: str) -> list[dict[str, Any]]:
 
 
 def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
-    """Describe the class images and the prior targets, with their weights."""
     classes = [row for row in rows if row.example.prior]
     lines = []
     if classes:
@@ -285,7 +284,6 @@ def bucket_name(shape: tuple[int, ...]) -> str:
 
 
 def _clip_lines(rows: Sequence[Finding]) -> list[str]:
-    """Describe the lengths and rates of clips."""
     clips = [row for row in rows if row.example.clip is not None]
     if not clips:
         return []
@@ -321,7 +319,6 @@ def lacks_trigger(example: Example) -> bool:
 
 
 def _loss_lines(rows: Sequence[Finding]) -> list[str]:
-    """Describe the loss of a run by picture, if there is one."""
     known = sorted((row for row in rows if row.loss is not None), key=lambda row: -row.loss)
     if not known:
         return []
@@ -367,7 +364,6 @@ def _token_lines(rows: Sequence[Finding]) -> list[str]:
 
 
 def _augmentation_lines(findings: Findings) -> list[str]:
-    """Describe the variation between visits."""
     lines = []
     for augmentation in dict.fromkeys(row.example.handling for row in findings.rows):
         parts = []

@@ -85,7 +85,6 @@ class StartValues:
         return used
 
     def _values(self, trainables: dict[str, Any], module: nn.Module) -> tuple[dict[str, torch.Tensor], set[str]]:
-        """Return the value of each trainable, and the names of the file's tensors that they come from."""
         values: dict[str, torch.Tensor | None] = {}
         used = set()
         by_path: dict[str, list[str]] = {}
@@ -146,7 +145,6 @@ class StartValues:
     def _layer_values(
         self, path: str, place: str | None, tensors: dict[str, torch.Tensor], adapted: nn.Module
     ) -> tuple[dict[str, torch.Tensor], float | None]:
-        """Return a layer's tensors by peft's names for them, and their scale."""
         native = self._adapter.native
         if "lora_B.bias" in tensors or {UP, BIAS} <= tensors.keys() <= {UP, DOWN, BIAS, ALPHA}:
             raise mismatch(
@@ -168,7 +166,6 @@ class StartValues:
         return values
 
     def _unlike(self, path: str, tensors: dict[str, torch.Tensor]) -> ModelError:
-        """Return the error about a layer of another type."""
         from . import METHODS
 
         own, kind = self._method.name, type_of(tensors)
@@ -220,7 +217,6 @@ def mismatch(problem: str, cure: str) -> ModelError:
 
 
 def _misshapen(name: str, given: torch.Size, own: torch.Size, recipe: Recipe) -> ModelError:
-    """Return the error about a tensor of another shape, which names the ranks if only they differ."""
     path = parse_name(name).path
     differing = [(size, other) for size, other in zip(given, own, strict=False) if size != other]
     if len(given) == len(own) and [other for _, other in differing] == [rank_of(path, recipe)]:
@@ -280,7 +276,6 @@ def to_peft(
 
 
 def _renamed(config: dict[str, Any], places: dict[str, str]) -> dict[str, Any]:
-    """Return a configuration's JSON-able values with the layers renamed."""
     renamed = {name: sorted(value) if isinstance(value, (set, tuple)) else value for name, value in config.items()}
     for name in ("rank_pattern", "alpha_pattern"):
         if renamed.get(name):

@@ -198,7 +198,6 @@ class PeftMethod(Method):
         return dict(sorted(trainables.items()))
 
     def _add_layers(self, module: nn.Module, targets: list[str], recipe: Recipe) -> None:
-        """Replace the target layers by peft's layers around them."""
         import torch
         from peft import inject_adapter_in_model
 
@@ -219,7 +218,6 @@ class PeftMethod(Method):
                 ) from error
 
     def _start_trainables(self, module: nn.Module, targets: set[str], seed: int) -> dict[str, nn.Parameter]:
-        """Give the trainables of peft's layers their start values, and return them by name."""
         trainables = {}
         for name, parameter in module.named_parameters():
             parsed = parse_name(name)

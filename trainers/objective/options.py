@@ -131,7 +131,6 @@ class Objective:
         }
 
     def _has(self, needs: tuple[str, tuple[str, ...]] | None) -> bool:
-        """Return True if a field, on which another one depends, has one of the required values."""
         return needs is not None and getattr(self, needs[0]) in needs[1]
 
     def check(self, parameterization: str) -> None:

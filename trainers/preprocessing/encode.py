@@ -170,7 +170,6 @@ class _Pictures:
         self._last: tuple[int, Image.Image] | None = None
 
     def name(self, place: int) -> str:
-        """Return the name of the picture's file."""
         return self._examples[place].source.name
 
     def cut(self, place: int, crop: Crop, is_needed: bool) -> np.ndarray | None:
@@ -351,7 +350,6 @@ def open_picture(example: Example) -> Image.Image:
 
 
 def _clip(example: Example, crop: Crop) -> np.ndarray:
-    """Return a piece of a clip. Raise Unreadable if that fails."""
     try:
         return clip_array(example, crop)
     except DatasetError as error:

@@ -59,7 +59,6 @@ class MaskCache:
 
 
 def _mask_weights(example: Example, crop: Crop, shape: tuple[int, int]) -> torch.Tensor:
-    """Crop a mask like its picture, and give each latent position the mean of its pixels."""
     import numpy as np
     import torch
 

@@ -60,7 +60,6 @@ class _Layout:
         return cls(list(buckets), own, classes, batch_size, seed)
 
     def sizes(self, epoch: int, number: int) -> dict:
-        """Count the visits in each bucket of a round."""
         visits = self.own.of(number)
         if self.classes.total:
             visits = visits + self._class_counts(epoch, number)
@@ -70,7 +69,6 @@ class _Layout:
         return sizes
 
     def batch_count(self, epoch: int, number: int) -> int:
-        """Count the batches of a round."""
         return sum(-(-size // self.batch_size) for size in self.sizes(epoch, number).values())
 
     def batches(self, epoch: int, number: int) -> Iterator[np.ndarray]:
@@ -101,7 +99,6 @@ class _Layout:
         return (members[first[place] : ends[place]] for place in order)
 
     def visits_before(self, epoch: int, number: int) -> np.ndarray:
-        """Count the visits of each example before a round."""
         visits = epoch * self.own.repeats + self.own.before(number)
         if self.classes.total:
             visits = visits + self._class_visits(self._class_start(epoch, number))

@@ -173,7 +173,6 @@ def _draw(plan: Plan, host: Host, samples: list[Sample], batch: MicroBatch) -> t
 
 
 def _repeated(host: Host, values: torch.Tensor, rows: int) -> torch.Tensor:
-    """Return a micro-batch's values on the device, repeated to a number of rows."""
     return upload(torch.cat([values] * (rows // len(values))), host.denoiser.device)
 
 

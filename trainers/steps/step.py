@@ -111,7 +111,6 @@ def _without_loss(sample: Sample) -> Sample:
 
 
 def _with_prior_targets(samples: list[Sample]) -> list[Sample]:
-    """Return the samples, all with a prior target. A sample without one gets itself, with loss factor 0."""
     return [
         sample if sample.prior_target is not None else replace(sample, prior_target=replace(sample, factor=0.0))
         for sample in samples
@@ -149,7 +148,6 @@ def sample_losses(plan: Plan) -> Callable[..., torch.Tensor]:
 
 
 def _base_prediction(plan: Plan, host: Host, batch: MicroBatch) -> torch.Tensor | None:
-    """Predict as the frozen base, if the objective preserves its prediction outside masks."""
     if batch.custom is None or not batch.custom.objective.masked_prior_weight:
         return None
     # Also without a mask: with sharded weights, all processes must run the same forward passes.

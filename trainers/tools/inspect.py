@@ -122,7 +122,6 @@ def _native_row(name: str, part: PeftAdapter, place: str, path: str) -> Row:
 
 
 def _norm(given: Difference) -> float:
-    """Return the norm of weight difference and bias together. Factors are not multiplied out."""
     squares = 0.0
     if given.up is not None:
         if given.rank >= min(given.up.shape[0], given.down[0].numel()):

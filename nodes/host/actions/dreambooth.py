@@ -85,7 +85,6 @@ def _check_method(name: str) -> None:
 
 
 def _preserved(dataset: Dataset, subject: Subject, draw: _Draw) -> tuple[Dataset, str]:
-    """Return (dataset with the data that preserves the class, note for the user)."""
     if subject.prior_weight == 0:
         return dataset, "The class is not preserved: prior_weight is 0."
     if subject.prior == "differential":
@@ -101,7 +100,6 @@ def _preserved(dataset: Dataset, subject: Subject, draw: _Draw) -> tuple[Dataset
 
 
 def _classes(dataset: Dataset, subject: Subject, draw: _Draw) -> tuple[Dataset, str]:
-    """Return (class images, both given and drawn, note for the user)."""
     given, usable = subject.class_dataset, 0
     if given is not None:
         given = prior.captioned(given, subject.class_prompt, "class_prompt")

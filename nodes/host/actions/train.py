@@ -172,7 +172,6 @@ def _train(model, clip, vae, dataset, widgets, options, training: Training) -> T
 
 
 def _graph(training: Training) -> dict[str, Any] | None:
-    """Return the queued graph; None without one, or if ComfyUI was started with --disable-metadata."""
     return None if args.disable_metadata else graph_of(training.prompt) or None
 
 
@@ -189,7 +188,6 @@ def _result_of(recipe: Recipe, dataset: Dataset, host: Host, node: str) -> Resul
 
 
 def _out_of_memory(error: Exception) -> OutOfMemory:
-    """Return the error for memory that ran out before the first step or after the last; the loop handles its steps."""
     return OutOfMemory(
         f"Memory ran out before the first step or after the last one ({in_one_line(error)}).",
         "Close other programs, or use a smaller model or a lower resolution. Saved progress is kept: queue the graph "

@@ -41,7 +41,6 @@ def main(folder: str) -> int:
 
 
 def _problems_of_output() -> list[str]:
-    """Return what hinders writing the run."""
     folder = _existing(paths.folders().runs)
     can_write = os.path.isdir(folder) and os.access(folder, os.W_OK)
     return [] if can_write else [f"The output folder '{folder}' cannot be written."]
@@ -55,7 +54,6 @@ def _existing(path: str) -> str:
 
 
 def _notes(job: Job) -> Iterator[str]:
-    """Yield the devices of this machine, its free disk space, and versions other than those of the export."""
     device = comfy.model_management.get_torch_device()
     memory = comfy.model_management.get_total_memory(device) / 1e9
     yield f"{count_devices(device)} device(s), {comfy.model_management.get_torch_device_name(device)}, {memory:.1f} GB"

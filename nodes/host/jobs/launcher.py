@@ -206,7 +206,6 @@ class WorkerGroup:
         return any(worker.process.exitcode is None and worker.last is None for worker in self._workers)
 
     def _forward_messages(self, report: Callable[[str, dict], None]) -> None:
-        """Wait briefly, and forward the messages that arrive."""
         from multiprocessing.connection import wait
 
         live = [worker for worker in self._workers if worker.process.exitcode is None]
@@ -286,7 +285,6 @@ def _opened(path: str) -> Image.Image:
 
 
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """Return the environment variables that torch expects in the processes of a launcher."""
     variables = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),

@@ -84,7 +84,6 @@ def _run(folder: str, group: AccelerateGroup, report: Report, training: Training
 
 
 def _host(job: Job, group: AccelerateGroup, report: Report, training: Training) -> Host:
-    """Return the host with the job's base, after a check of its fingerprints."""
     # The main process draws the pictures.
     sockets = (*provenance.SOCKETS, provenance.PREVIEW) if group.is_main else provenance.SOCKETS
     base = provenance.load(job.base, sockets)
@@ -186,7 +185,6 @@ class _Terminal:
         self._step = 0
 
     def __call__(self, event: str, payload: dict) -> None:
-        """Handle one event; raise ComfyUI's interruption after a signal."""
         if event == "step":
             self._step = payload["step"]
         _check_interrupt_after(event)

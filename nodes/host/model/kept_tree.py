@@ -65,7 +65,6 @@ class _Entry(comfy.model_patcher.ModelPatcher):
         return size
 
     def remove(self) -> None:
-        """Remove the entry from ComfyUI's list."""
         models = comfy.model_management.current_loaded_models
         for loaded in [loaded for loaded in models if loaded.model is self]:
             models.remove(loaded)

@@ -333,7 +333,6 @@ class _Watched(dict):
 
 
 def _unread(adapter: dict[str, torch.Tensor], read: set[str], clip: CLIP | None) -> list[str]:
-    """Return the keys that nothing uses, without a text encoder's keys if none is connected."""
     keys = adapter if len(adapter) else layer_names(adapter)
     return [key for key in sorted(keys) if key not in read and (clip is not None or not key.startswith(_TEXT_PREFIXES))]
 

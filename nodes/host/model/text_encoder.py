@@ -354,7 +354,6 @@ class _Rows:
         self._found: tuple | None = None
 
     def answer(self, number: int, wanted: list[list]):
-        """Return the outputs for caption `number`."""
         start, stop = self._spans[number]
         # ComfyUI asks for one more row for a prompt with weights; captions have none.
         if not self._together or len(wanted) != stop - start:

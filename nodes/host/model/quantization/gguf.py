@@ -43,7 +43,6 @@ class _Packing(NamedTuple):
 
     @property
     def type_name(self) -> str:
-        """Return the type's name, such as Q4_K."""
         return getattr(self.type, "name", str(self.type))
 
     @property
