@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension
 
-from . import adapter, class_images, compare, dataset, job, options, save, tools, train
+from . import adapter, class_images, compare, dataset, imports, job, options, save, tools, train
 from .checks import find_faults
 from .host import paths
 from .host.server import routes, validation
@@ -19,6 +19,7 @@ NODES = [
     *tools.NODES,
     *compare.NODES,
     *options.NODES,
+    *imports.NODES,
 ]
 
 

@@ -12,9 +12,10 @@ from ..trainers.engine.validation import check_option, choices_of
 from ..trainers.option import Option
 from ..trainers.recipe.options import OPTIONS
 from .checks import Rule
-from .schema import CATEGORY, Options, describe, named, options_input
+from .schema import CATEGORY as _PACK
+from .schema import Options, describe, named, options_input
 
-_CATEGORY = f"{CATEGORY}/options"
+CATEGORY = f"{_PACK}/options"
 
 
 def rules(node: str) -> dict[str, Rule | None]:
@@ -81,7 +82,7 @@ def option_schema(
         display_name=title,
         words=words,
         aliases=aliases,
-        category=_CATEGORY,
+        category=CATEGORY,
         description=description,
         inputs=[*inputs, options_input(), *(_later(built) for built in later)],
         outputs=[Options.Output("options_out", display_name="options")],

@@ -1,0 +1,1 @@
+"""Import of the settings of other trainers."""
