@@ -140,6 +140,21 @@ def test_ranks_are_those_that_it_was_trained_with(kind, tmp_path):
     assert ranks_of(as_adapter({"lora_unet_x.diff": torch.zeros(2, 2)})) == {}
 
 
+def test_the_rank_of_the_text_encoder_is_the_adapters_too(tmp_path):
+    fields = {"rank": 4, "alpha": 4.0, "text_encoder": True, "text_encoder_rank": 2}
+    text = LayeredEncoder()
+    before = run_session(tmp_path, host=make_host(text=text), **fields, text_encoder_learning_rate=1e-2, steps=1)
+    inputs = RecipeInputs("LoRA", 1, 1e-12, 0, 2, 0, 64, "", ranks=ranks_of(before.adapter))
+    options = Options({("adapter", "text_encoder"): "on"})
+    recipe = resolve(options, family_of("SD1"), inputs)
+    assert (recipe.rank, recipe.text_encoder_rank) == (4, 2)
+    after = run_recipe(recipe, make_dataset(), starting(before.adapter, LayeredEncoder()), folders_of(tmp_path))
+    assert is_near(after.adapter, before.adapter)
+    own = resolve(options.adding("adapter", {"text_encoder_rank": 3}), family_of("SD1"), inputs)
+    assert own.text_encoder_rank == 3
+    assert resolve(Options(), family_of("SD1"), inputs).text_encoder_rank == 0
+
+
 def folders_of(folder):
     return Folders(*(str(folder / name) for name in ("runs", "cache", "loras", "emb")))
 

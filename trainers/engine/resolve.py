@@ -66,7 +66,7 @@ class RecipeInputs:
         embedding_spec: the node's own embedding; None for the embedding of the pivotal options, if any.
         preference_beta: 0 for no preference.
         slider: the node's slider; None for none.
-        ranks: `rank`, `alpha` and `block_ranks` of the adapter to start from (`ranks_of`); empty without one.
+        ranks: `rank`, `alpha` and others of the adapter to start from (`ranks_of`); empty without one.
     """
 
     method: str
@@ -110,7 +110,7 @@ def resolve(options: Options, family: Family, inputs: RecipeInputs) -> Recipe:
     _check_adapter_type(options, method)
     _check_text_encoder(options)
     fields = {
-        **(_ranks_of_start(inputs) if method.ranked and not inputs.rank else {}),
+        **(_ranks_of_start(inputs, options) if method.ranked and not inputs.rank else {}),
         **_option_fields(options),
         **_embedding_fields(options, inputs.embedding_spec),
         **_input_fields(inputs),
@@ -142,14 +142,15 @@ def describe_preset(recipe: Recipe) -> str:
     return f"Preset {recipe.preset}: {', '.join(values) or 'nothing to fill'}" if recipe.preset else ""
 
 
-def _ranks_of_start(inputs: RecipeInputs) -> Mapping[str, Any]:
+def _ranks_of_start(inputs: RecipeInputs, options: Options) -> Mapping[str, Any]:
     if not inputs.ranks:
         raise SettingsError(
             "rank is 0, which stands for the rank of the adapter to start from, and there is no adapter with a rank.",
             "Set rank to at least 1, or connect an adapter.",
             "rank",
         )
-    return {name: RECIPE_OPTIONS[name].value_of(value) for name, value in inputs.ranks.items()}
+    unused = () if options.value("adapter", "text_encoder", "") == "on" else ("text_encoder_rank",)
+    return {name: RECIPE_OPTIONS[name].value_of(value) for name, value in inputs.ranks.items() if name not in unused}
 
 
 def _method_name(options: Options, inputs: RecipeInputs) -> str:

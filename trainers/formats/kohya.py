@@ -332,20 +332,25 @@ def network_fields(tensors: Mapping[str, torch.Tensor], by_lycoris: bool = False
 
 
 def ranks_of(adapter: Adapter) -> dict[str, Any]:
-    """Return an adapter's `rank`, `alpha` and `block_ranks` as options have them; empty if it has no rank."""
+    """Return an adapter's `rank`, `alpha` and `block_ranks` as options have them; empty if it has no rank.
+
+    Those of a run with a text encoder have its `text_encoder_rank`, too.
+    """
+    more = {}
     try:
         recipe = parse_json(adapter.metadata["graft_recipe"])
         blocks = "\n".join(f"{pattern}={rank}" for pattern, rank in recipe["block_ranks"])
         rank, alpha = int(recipe["rank"]), float(recipe["alpha"])
+        if recipe.get("text_encoder_rank"):
+            more = {"text_encoder_rank": int(recipe["text_encoder_rank"])}
     except (KeyError, TypeError, ValueError, OverflowError):
         # Another program made it, or a tool of Graft.
         config, fields = {} if adapter.native is None else adapter.native.config, network_fields(adapter)
         rank = config.get("r") or fields["network_dim"]
         alpha = config.get("lora_alpha", config.get("alpha")) or fields["network_alpha"]
         blocks = ""
-    return (
-        {"rank": rank, "alpha": float(alpha), "block_ranks": blocks} if rank and alpha and math.isfinite(alpha) else {}
-    )
+    is_ranked = rank and alpha and math.isfinite(alpha)
+    return {"rank": rank, "alpha": float(alpha), "block_ranks": blocks, **more} if is_ranked else {}
 
 
 def has_host_magnitudes(adapter: Mapping[str, torch.Tensor]) -> bool:

@@ -224,7 +224,7 @@ def _misshapen(name: str, given: torch.Size, own: torch.Size, recipe: Recipe) ->
         return mismatch(
             f"has rank {rank} in {path}, but this run has rank {rank_of(path, recipe)}",
             f"Use the rank and block_ranks it was trained with: set rank to {rank}, or to 0, which takes the "
-            "adapter's. Or change its rank with Graft Resize Adapter.",
+            "adapter's (for a text encoder: text_encoder_rank). Or change its rank with Graft Resize Adapter.",
         )
     return mismatch(
         f"has the shape {tuple(given)} for {path}, but this run has {tuple(own)}",
