@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..data.captions import variants_of
+from ..data.clips import AnimationSource, VideoSource, is_media
 from ..data.examples import Dataset, Example, LeftOut, reason_of, shortened
 from ..data.listing import fold, stem_of
 from ..data.pictures import FileSource, is_picture
@@ -90,8 +91,9 @@ def _caption_paths(dataset: Dataset) -> list[str]:
     """Return the path of each picture's caption file. Raise DatasetError or RunError as `save_captions` does."""
     owners: dict[str, str] = {}
     paths = []
+    takes = is_media if any(example.clip for example in dataset.examples) else is_picture
     for example in dataset.examples:
-        path = _caption_path(example)
+        path = _caption_path(example, takes)
         owner = owners.get(fold(path))
         if owner is not None:
             raise DatasetError(
@@ -105,9 +107,9 @@ def _caption_paths(dataset: Dataset) -> list[str]:
     return paths
 
 
-def _caption_path(example: Example) -> str:
+def _caption_path(example: Example, takes: Callable[[str], bool]) -> str:
     source = example.source
-    if not isinstance(source, FileSource) or example.prior:
+    if not isinstance(source, (FileSource, AnimationSource, VideoSource)) or example.prior:
         raise DatasetError(
             f"The picture '{source.name}' is no file in the dataset's folder.",
             "Connect Graft Load Dataset or Graft Save Dataset, or Graft Images from Dataset behind them.",
@@ -120,7 +122,7 @@ def _caption_path(example: Example) -> str:
             "dataset",
         )
     path = f"{stem_of(source.path)}.txt"
-    if _shares_stem(source.path):
+    if _shares_stem(source.path, takes):
         if os.path.exists(path):
             raise DatasetError(
                 f"The file '{os.path.basename(path)}' is the caption of '{source.name}' and of another picture of that "
@@ -133,9 +135,9 @@ def _caption_path(example: Example) -> str:
     return path
 
 
-def _shares_stem(path: str) -> bool:
+def _shares_stem(path: str, takes: Callable[[str], bool]) -> bool:
     folder, own = os.path.split(path)
-    names = (name for name in os.listdir(folder) if name != own and is_picture(name))
+    names = (name for name in os.listdir(folder) if name != own and takes(name))
     return any(fold(stem_of(name)) == fold(stem_of(own)) for name in names)
 
 

@@ -2,13 +2,15 @@
 
 import io
 import os
+from dataclasses import replace
 
 import pytest
 from graft_pack.trainers.curation import caption_edits, picture_edits, uploads
 from graft_pack.trainers.curation.caption_edits import CaptionEdit
+from graft_pack.trainers.curation.captioning import decode_pictures, save_captions
 from graft_pack.trainers.curation.folder import one_clip, one_picture
 from graft_pack.trainers.curation.page import PageOptions, moving_thumbnail, read_mask, read_page, thumbnail
-from graft_pack.trainers.data.scan import ScanOptions
+from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.errors import DatasetError
 from PIL import Image
 
@@ -99,6 +101,24 @@ def test_captions_masks_and_places_of_clips_are_edited(folder):
     assert not {"a.mp4", "a.txt", "a-masklabel.png"} & set(os.listdir(folder))
     assert picture_edits.restore(str(folder), ["a.mp4"]) == (["a.mp4"], [])
     assert {"a.mp4", "a.txt", "a-masklabel.png"} <= set(os.listdir(folder))
+
+
+def test_captions_of_a_captioner_are_saved_beside_clips(folder):
+    """Also beside one that shares its name with a picture."""
+    first, second = (Image.fromarray(shade(number, (64, 64))) for number in (1, 2))
+    first.save(folder / "b.webp", save_all=True, append_images=[second], lossless=True)
+    first.save(folder / "two.png")
+    (folder / "walk.txt").unlink()
+    dataset = scan_folder(str(folder), "", 64, 1, None, CLIPS)
+    clips = [example for example in dataset.examples if "/" not in example.source.name]
+    pictures, dataset = decode_pictures(replace(dataset, examples=tuple(clips)))
+    names = [example.source.name for example in dataset.examples]
+    assert names == ["a.mp4", "b.webp", "two.png", "two.webm"] and len(pictures) == 4
+    assert save_captions(dataset, [f"new {name}" for name in names])[1] == 4
+    read = scan_folder(str(folder), "", 64, 1, None, CLIPS)
+    captions = {example.source.name: example.captions for example in read.examples}
+    assert all(captions[name] == (f"new {name}",) for name in names)
+    assert (folder / "a.txt.bak").read_text() == "a dog runs"
 
 
 def test_a_clip_is_not_rotated(folder):
