@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import posixpath
 import re
 import shutil
 from collections import Counter
@@ -18,7 +19,7 @@ from ..data.listing import Listing, fold, list_folder, path_inside, stem_of
 from ..data.masks import SUFFIX, Masks, own_masks
 from ..data.pictures import is_picture, reading
 from ..data.scan import ScanOptions
-from ..data.source_images import MatchingFolder
+from ..data.source_images import CONTROL_FOLDERS, WORSE_FOLDER, PictureColumns, matching
 from ..errors import DatasetError, GraftError
 from ..formats.atomic import refuse_links, replacing, write_bytes
 from .caption_edits import BACKUP
@@ -26,6 +27,8 @@ from .folder import EDITING, TRASH, find_picture, list_pictures, measure_source,
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from ..data.source_images import MatchingFolder, PictureColumn
 
 # Pillow's name of each format that a picture can be rotated in, and how it is saved without visible loss.
 _SAVING = {
@@ -202,12 +205,13 @@ def rotate(
     """
     with EDITING:
         listing = list_pictures(folder, name)
-        matches = {
-            input: MatchingFolder(path, input, "", "source", listing) for input, path in (paired or {}).items() if path
-        }
+        columns, folders = PictureColumns(listing), paired or {}
+        inputs = (*CONTROL_FOLDERS, WORSE_FOLDER)
+        found = {input: matching(folders.get(input, ""), input, "", "source", listing, columns) for input in inputs}
+        matches = {input: match for input, match in found.items() if match is not None}
         own = listing
-        for matching in matches.values():
-            own = matching.outside(own)
+        for match in matches.values():
+            own = match.outside(own)
         pairs = (_pair_of(own, name, *match) for match in matches.items())
         parts = dict.fromkeys((name, *_masks_of(listing, name, mask_folder), *(pair for pair in pairs if pair)))
         rotated = {part: _rotated(listing, part, degrees) for part in parts}
@@ -238,27 +242,28 @@ def _masks_of(listing: Listing, name: str, mask_folder: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _pair_of(own: Listing, name: str, input: str, matching: MatchingFolder) -> str:
-    """Return the name of the picture that a folder of source or worse pictures has for a picture; empty for none.
+def _pair_of(own: Listing, name: str, input: str, match: MatchingFolder | PictureColumn) -> str:
+    """Return the name of the source or worse picture that an input or a table has for a picture; empty for none.
 
     Args:
         own: the dataset's folder without all such folders.
     """
-    file = matching.find(name)
+    file = match.find(name)
     if file is None:
         return ""
-    if not matching.inside:
+    if not match.inside:
         raise DatasetError(
             f"The picture of '{name}' in {input} is in another folder, to which the page does not write.",
             "Move that folder into the dataset's, or rotate both in another program.",
             input,
         )
+    pair = posixpath.normpath(match.inside + file.name)
     others = (other for other in own.files if is_picture(other) and other != name)
-    if shared := next((other for other in others if matching.find(other) is file), ""):
+    if shared := next((other for other in others if other == pair or match.find(other) is file), ""):
         raise DatasetError(
             f"'{name}' and '{shared}' have the same picture in {input}.", "Rotate them in another program.", input
         )
-    return matching.inside + file.name
+    return pair
 
 
 def _rotated(listing: Listing, name: str, degrees: int) -> bytes:

@@ -302,6 +302,8 @@ class PictureColumn:
         lacking: reason for not using a picture whose row names none.
     """
 
+    inside = "./"  # as of `MatchingFolder`: its files are in the dataset's folder
+
     def __init__(
         self, column: str, role: str, kind: str, rows: dict[str, tuple[str, str]], owners: Owners, listing: Listing
     ):
@@ -325,14 +327,19 @@ class PictureColumn:
         """
         if name not in self._rows:
             return None
-        table, file = self._rows[name]
         role, kind, column = self._names
-        pictures = self._owners.of(file)
-        if not pictures:
+        file = self.find(name)
+        if file is None:
+            table, named = self._rows[name]
             raise DatasetError(
-                f"its {column} in {table}, '{file}', is no picture of the folder", "Correct it.", "folder"
+                f"its {column} in {table}, '{named}', is no picture of the folder", "Correct it.", "folder"
             )
-        return read_match(self._listing.files[pictures[0]], self._listing.root, role, kind, "folder", measure)
+        return read_match(file, self._listing.root, role, kind, "folder", measure)
+
+    def find(self, name: str) -> File | None:
+        """Return the file that a picture's row names; None for none."""
+        pictures = self._owners.of(self._rows[name][1]) if name in self._rows else ()
+        return self._listing.files[pictures[0]] if pictures else None
 
     def lonely(self) -> list[LeftOut]:
         """Return nothing: the column names no picture without another."""

@@ -342,6 +342,26 @@ def test_a_picture_that_is_paired_with_it_is_rotated_too(folder, place, kind):
     assert Image.open(sources / "a.jpg").size == (96, 64)
 
 
+def test_pictures_that_a_table_pairs_are_rotated_together(folder):
+    draw(folder / "before" / "x.jpg", 9)
+    rows = [
+        {"file_name": "a.png", "control_file_name": "before/x.jpg", "worse_file_name": "d.jpg"},
+        {"file_name": "b.png", "control_file_name": "d.png"},
+        {"file_name": "d.png", "control_file_name": "before/x.jpg"},
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows[:1])))
+    picture_edits.rotate(str(folder), "a.png", 90)
+    sizes = {name: Image.open(folder / name).size for name in ("a.png", "before/x.jpg", "d.jpg", "b.png")}
+    assert sizes == {**dict.fromkeys(sizes, (64, 96)), "b.png": (96, 64)}
+    # A source that is a picture with a source of its own, and a source of two pictures.
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = files(folder)
+    for name, other in (("b.png", "d.png"), ("a.png", "d.png")):
+        with pytest.raises(DatasetError, match=f"'{name}' and '{other}' have the same picture"):
+            picture_edits.rotate(str(folder), name, 90)
+    assert files(folder) == before
+
+
 def test_folders_of_paired_pictures_may_lie_beside_each_other(folder):
     paired = {"control_folder": str(folder / "before"), "worse_folder": str(folder / "worse")}
     for number, place in enumerate(paired.values()):
