@@ -15,7 +15,8 @@ from graft_pack.trainers.methods import ADAPTERS
 from graft_pack.trainers.protocols import Host
 from graft_pack.trainers.runs.folders import Folders
 
-from tests.support import models, simulated_device
+from tests.comfy.test_quantized import quantized
+from tests.support import gguf_models, models, simulated_device
 from tests.support.base import get_tiny_base
 from tests.support.diffusers_host import same_state
 from tests.support.forked import forked
@@ -181,6 +182,41 @@ def test_a_tree_that_is_gone_is_built_again_for_the_same_bits(paused, counted, w
     state = paused.go("run")
     assert entry.tree is None and len(counted) == 1
     assert same_state(state, paused.go("straight"))
+
+
+def kept_over(model, change=lambda network: None):
+    """Keep the tree of a training on a MODEL. Return (bytes that it needs besides the MODEL's, what is taken back)."""
+    from graft_pack.nodes.host.model.kept_tree import TreeKeeper
+
+    with models.in_training(model, "Flux") as training:
+        keeper = TreeKeeper(training.denoiser, SimpleNamespace(gives_way=True, is_held=False, has_fallback=False))
+        keeper.keep("run", "rest")
+        (entry,) = entries()
+        size = entry.size
+        change(model.model.diffusion_model)
+        return size, keeper.take("run")
+
+
+def move(network):
+    weight = next(weight for weight in network.parameters() if hasattr(weight, "__tensor_flatten__"))
+    name = weight.__tensor_flatten__()[0][0]
+    setattr(weight, name, getattr(weight, name).clone())
+
+
+@pytest.mark.parametrize("kind", ["GGUF", "fp8"])
+def test_a_tree_over_quantized_weights_is_kept(kind, keep_for):
+    with torch.inference_mode():
+        plain = models.patcher("Flux")
+        if kind == "GGUF":
+            weights = gguf_models.tensors(plain.model.diffusion_model.state_dict(), "Q4_0")
+            low = gguf_models.alike("Flux", weights)
+        else:
+            low, plain, _ = quantized("Flux")
+    size, taken = kept_over(low)
+    assert taken == "rest"
+    assert size == kept_over(plain)[0]
+    if kind == "fp8":
+        assert kept_over(low, move)[1] is None
 
 
 def test_it_is_dropped_after_its_time(tmp_path, base, keep_for):

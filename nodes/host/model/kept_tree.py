@@ -155,9 +155,15 @@ class TreeKeeper:
 
 
 def _tensors_of(module: torch.nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
+    """Return the tensors of a module, and those inside ComfyUI's quantized weights, which have no storage."""
+    tensors = [*module.parameters(), *module.buffers()]
+    for weight in tensors:
+        # The loop goes on through what it appends.
+        if hasattr(weight, "__tensor_flatten__"):
+            tensors.extend(getattr(weight, name) for name in weight.__tensor_flatten__()[0])
+    return tensors
 
 
 def _state_of(module: torch.nn.Module) -> list[tuple[int, int]]:
-    """Return (address, number of changes in place) of each weight."""
-    return [(weight.data_ptr(), weight._version) for weight in _tensors_of(module)]
+    """Return (address, number of changes in place) of each weight; of GGUF's inference tensors, no number."""
+    return [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in _tensors_of(module)]
