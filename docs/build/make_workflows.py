@@ -417,21 +417,27 @@ class Sketch:
         routes = {key: workflow["extra"][key] for key in ("reroutes", "linkExtensions") if key in workflow["extra"]}
         # The page's sidebar and its tab bar cover the graph's left and upper edge.
         workflow["extra"] = {"ds": {"scale": 0.6, "offset": [200, 240]}, **routes}
-        return omit_widget_slots(omit_restored(workflow))
+        return omit_open_slots(omit_restored(workflow))
 
 
-def omit_widget_slots(workflow):
-    """Omit the slots of widgets without a link, as the frontend does in a picture's workflow; return it.
+def omit_open_slots(workflow):
+    """Omit the inputs without a link, and the last outputs without one; return the workflow.
 
-    It takes the shapes of all other slots from the nodes' schemas.
+    The frontend makes a node with its slots from the schema, takes a saved input by its name and a saved output by its
+    place, and numbers the links' inputs anew.
     """
     links = {link[0]: link for link in workflow["links"]}
     for node in workflow["nodes"]:
-        node["inputs"] = [slot for slot in node["inputs"] if "widget" not in slot or slot["link"] is not None]
-        for place, slot in enumerate(node["inputs"]):
+        node["inputs"] = [slot for slot in node["inputs"] if slot["link"] is not None]
+        while node["outputs"] and not node["outputs"][-1]["links"]:
+            node["outputs"].pop()
+        for slot in (*node["inputs"], *node["outputs"]):
             slot.pop("shape", None)
-            if slot["link"] is not None:
-                links[slot["link"]][4] = place
+        for place, slot in enumerate(node["inputs"]):
+            links[slot["link"]][4] = place
+        for kind in ("inputs", "outputs"):
+            if not node[kind]:
+                del node[kind]
     return workflow
 
 
@@ -967,21 +973,6 @@ WORKFLOWS = {
 }
 
 
-def write_workflow(path, workflow):
-    """Write a workflow without what the frontend adds itself: slots' names and shapes, and widgets without a link."""
-    links = {link[0]: link for link in workflow["links"]}
-    for node in workflow["nodes"]:
-        for slot in (*node["inputs"], *node["outputs"]):
-            slot.pop("localized_name", None)
-            slot.pop("shape", None)
-        node["inputs"] = [slot for slot in node["inputs"] if "widget" not in slot or slot["link"] is not None]
-        for place, slot in enumerate(node["inputs"]):
-            if slot["link"] is not None:
-                links[slot["link"]][4] = place
-    path.write_text(json.dumps(workflow, separators=(",", ":")) + "\n", encoding="utf-8")
-    print(path)
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a server that runs already")
@@ -997,7 +988,9 @@ def main():
                         continue
                     sketch = Sketch(page)
                     draw(sketch)
-                    write_workflow(FOLDER / f"{name}.json", sketch.save(name))
+                    path = FOLDER / f"{name}.json"
+                    path.write_text(json.dumps(sketch.save(name), separators=(",", ":")) + "\n", encoding="utf-8")
+                    print(path)
         finally:
             if server:
                 server.stop()
