@@ -158,13 +158,15 @@ def list_stale(parts, table):
 def files_of(language, parts, table):
     """Return {file: its content} of a language, without parts that have no text.
 
-    ComfyUI takes the parts from files of their own, or by their names from main.json: one file is smaller.
+    ComfyUI takes the parts from files of their own, or by their names from main.json: one file is smaller, and
+    smallest with its largest part first.
     """
     if language == "en":
-        # The nodes have their English texts themselves: the file is for translators.
-        return {"main": {**parts["main"], "settings": parts["settings"]}, "nodeDefs": parts["nodeDefs"]}
+        # Nodes and settings have their English texts themselves: those files are for translators.
+        return parts
     said = {name: translate(tree, table) for name, tree in parts.items()}
-    return {"main": {**said.pop("main"), **said}}
+    main = said.pop("main")
+    return {"main": {**said, **main}}
 
 
 def dump(value):

@@ -63,8 +63,8 @@ def test_the_archive_holds_the_pack_and_not_the_tests():
     assert "tests/conftest.py" in ignored
     assert {"__init__.py", "LICENSE", "README.md", "pyproject.toml", "requirements.txt"} <= archived
     folders = "nodes|trainers|web|locales|example_workflows|subgraphs"
-    # No frontend offers German yet, the nodes have their English texts, and choosing/index.html is made from README.md.
-    left_out = "locales/de/|locales/en/nodeDefs|web/docs/choosing/README"
+    # No frontend offers German yet, nodes and settings have their English texts, and README.md becomes index.html.
+    left_out = "locales/de/|locales/en/(nodeDefs|settings)|web/docs/choosing/README"
     shipped = rf"(?!{left_out})({folders})/.*\.(py|js|css|json|md|html|jpg|png|svg|avif)$"
     assert not [path for path in ignored if re.match(shipped, path)]
     assert {path.split("/")[0] for path in archived if "/" in path} == {*folders.split("|")}
