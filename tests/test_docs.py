@@ -44,7 +44,7 @@ def test_every_node_has_its_help_page_and_no_page_is_left_over(schemas):
 
 def test_help_pages_show_a_workflow_and_training_nodes_lead_to_choosing(schemas):
     for node_id, page in list_pages().items():
-        assert re.search(r"\n!\[[^\]]{20,}\]\(pictures/\w+\.(?:svg|avif)\)\n", page), node_id
+        assert re.search(r"\n!\[[^\]]{20,}\]\(pictures/(?:\w+\.avif|workflows\.svg#\w+)\)\n", page), node_id
     trainers = [name for name in schemas if name.startswith("GraftTrain") or name == "GraftFineTune"]
     for node_id in trainers:
         assert "(extensions/graft/docs/choosing/index.html)" in list_pages()[node_id], node_id
@@ -202,6 +202,8 @@ def test_links_lead_somewhere(path):
 
 
 def list_anchors(path):
-    """Return the anchors of a page's headings as GitHub makes them."""
+    """Return the anchors of a page's headings as GitHub makes them, or the names of a file's pictures."""
+    if path.suffix == ".svg":
+        return re.findall(r'<view id="(\w+)"', path.read_text(encoding="ascii"))
     headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.M)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}

@@ -21,7 +21,7 @@ from tests.support.dataset_page import DatasetView
 from tests.support.pack import hide_root
 from tests.support.server import ComfyServer, link
 
-from .make_help_pictures import FOLDER
+from .make_help_pictures import FILE
 
 WINDOW = (1440, 760)
 STEPS = 60
@@ -33,7 +33,7 @@ WIDTH = 800
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--theme", choices=["dark", "light"], default="dark")
-    parser.add_argument("--out", type=Path, default=FOLDER / "page.avif")
+    parser.add_argument("--out", type=Path, default=FILE.with_name("page.avif"))
     args = parser.parse_args()
     hide_root()
     with tempfile.TemporaryDirectory(prefix="graft-dataset-") as scratch:

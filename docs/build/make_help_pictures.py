@@ -1,13 +1,12 @@
 """Make the small workflow pictures on the nodes' help pages: the nodes and wires of a graph, as SVG.
 
-    python -m docs.build.make_help_pictures           all into web/docs/pictures
-    python -m docs.build.make_help_pictures --only loss
+    python -m docs.build.make_help_pictures
 
-Several nodes share a picture: the workflow that contains them. A picture shows the inputs and outputs that are linked.
-Titles, names and types come from ComfyUI's own list of nodes.
+All pictures are in one file, which compresses well; a page shows one by its name: workflows.svg#lora. Several nodes
+share a picture: the workflow that contains them. A picture shows the inputs and outputs that are linked. Titles, names
+and types come from ComfyUI's own list of nodes.
 """
 
-import argparse
 import sys
 import tempfile
 from collections import defaultdict
@@ -18,11 +17,13 @@ from tests.support.host import ROOT
 from tests.support.pack import hide_root
 from tests.support.server import ComfyServer
 
-FOLDER = ROOT / "web" / "docs" / "pictures"
+FILE = ROOT / "web" / "docs" / "pictures" / "workflows.svg"
 
 # Pixels of a picture at its own size: title and slot rows, the gaps between nodes, the width of a letter.
 TITLE, ROW, LETTER, EDGE = 24, 17, 6.4, 8
 GAP = (44, 20)
+# Units from one picture to the next below it: a browser that shows more than a picture's own area shows no other one.
+STEP = 400
 # The colors of the page's dark theme.
 BODY, BAR, TEXT = "#353535", "#222", "#ddd"
 TYPES = {
@@ -214,8 +215,11 @@ def height_of(box):
     return TITLE + max(len(inputs), len(outputs), 1) * ROW + 6
 
 
-def draw(columns, schemas):
-    """Return a picture as SVG text: one path for all wires of a color, one for their ends, one for all title bars."""
+def draw(name, columns, top, schemas):
+    """Return a picture as lines of SVG, `top` units below the first.
+
+    One path holds all wires of a color, one their ends, one all title bars.
+    """
     boxes, links = lay_out(columns, schemas)
     width = max(left + wide for left, _, wide, *_ in boxes.values())
     height = max(box[1] + height_of(box) for box in boxes.values())
@@ -233,9 +237,8 @@ def draw(columns, schemas):
         f"M{left} {top + TITLE}v-{TITLE - 6}q0-6 6-6h{width - 12}q6 0 6 6v{TITLE - 6}"
         for left, top, width, *_ in boxes.values()
     )
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="-6 -6 {width + 12} {height + 12}" width="{width + 12}" '
-        f'font-family="sans-serif" font-size="12" fill="{TEXT}">',
+    return [
+        f'<view id="{name}" viewBox="-6 {top - 6} {width + 12} {height + 12}"/><g transform="translate(0 {top})">',
         # As in the page, wires pass behind nodes.
         '<g fill="none" stroke-width="2.5">',
         *(f'<path stroke="{color}" d="{wire}"/>' for color, wire in wires.items()),
@@ -250,8 +253,15 @@ def draw(columns, schemas):
         *(text for box in boxes.values() for text in draw_right(box)),
         '</g><g stroke-linecap="round" stroke-width="8">',
         *(f'<path stroke="{color}" d="{"".join(ends)}"/>' for color, ends in dots.items()),
-        "</g></svg>\n",
+        "</g></g>",
     ]
+
+
+def draw_all(schemas):
+    """Return the file's text. Without a width, a picture has its view's shape and the width of the page's column."""
+    pictures = [draw(name, columns, place * STEP, schemas) for place, (name, columns) in enumerate(PICTURES.items())]
+    head = f'viewBox="-6 -6 640 160" font-family="sans-serif" font-size="12" fill="{TEXT}"'
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" {head}>', *sum(pictures, []), "</svg>\n"]
     return "\n".join(lines)
 
 
@@ -275,16 +285,10 @@ def draw_right(box):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=list(PICTURES), nargs="+", default=list(PICTURES))
-    args = parser.parse_args()
     hide_root()
     with tempfile.TemporaryDirectory(prefix="graft-help-") as scratch, ComfyServer(Path(scratch) / "server") as server:
-        schemas = server.object_info()
-    for name in args.only:
-        path = FOLDER / f"{name}.svg"
-        path.write_text(draw(PICTURES[name], schemas), encoding="ascii")
-        print(path, path.stat().st_size, flush=True)
+        FILE.write_text(draw_all(server.object_info()), encoding="ascii")
+    print(FILE, FILE.stat().st_size)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Tests of integration into ComfyUI: help opens from every node, texts follow the language, the blueprint runs."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -8,13 +9,16 @@ import pytest
 from docs.build import make_blueprint, make_locales
 from docs.build.make_workflows import TINY
 from tests.support.browser import EMPTY
-from tests.support.host import read_version
+from tests.support.host import ROOT, read_version
 from tests.toy import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
 # The page requests this file before the shared one of all languages; a missing one is no error of ours.
 IN_THE_LANGUAGE = "/docs/Graft"
+
+PICTURES = (ROOT / "web" / "docs" / "pictures" / "workflows.svg").read_text(encoding="ascii")
+VIEWS = {name: [int(n) for n in box.split()] for name, box in re.findall(r'<view id="(\w+)" viewBox="(.*?)"', PICTURES)}
 
 OPEN = """
     const node = app.graph.getNodeById(args[0]);
@@ -33,7 +37,9 @@ OPEN = """
     await until(() => document.querySelector('.node-help-content h1')?.textContent.trim() === args[1]);
     const image = await until(() => [...document.querySelectorAll('.node-help-content img')].find(
         image => image.naturalWidth > 0));
-    return {image: image.src, links: [...document.querySelectorAll('.node-help-content a')].map(link => link.href)};"""
+    const {width, height} = image.getBoundingClientRect();
+    const links = [...document.querySelectorAll('.node-help-content a')].map(link => link.href);
+    return {image: image.src, shape: width / height, links};"""
 
 
 def test_help_opens_from_every_node(page, server, renderer):
@@ -44,7 +50,12 @@ def test_help_opens_from_every_node(page, server, renderer):
         page.load(EMPTY)
         title = schemas[name]["display_name"].partition(" (")[0]
         found = page.js(OPEN, page.add_node(name), title)
+        # A view of one file that holds all of them; the dataset's page shows its own page first.
         assert "/extensions/graft/docs/pictures/" in found["image"], name
+        if ".svg" in found["image"]:
+            picture = found["image"].partition("#")[2]
+            _, _, width, height = VIEWS[picture]
+            assert found["shape"] == pytest.approx(width / height, rel=0.02), name
         if name.startswith("GraftTrain") or name == "GraftFineTune":
             (link,) = [link for link in found["links"] if "choosing" in link]
             assert "<h1>Choosing a method</h1>" in server.request(link.removeprefix(server.url)).decode()
