@@ -89,6 +89,12 @@ class GraftRunOptions(OptionNode):
                         "another run. auto: exact.",
                     )
                 ),
+                cls.widget(
+                    "first_frame_probability",
+                    "Image to video with LTX-Video, Wan 2.2 5B and Cosmos: part of a clip's visits whose first frame "
+                    "is given without noise. 0: text to video.",
+                    step=0.01,
+                ),
             ),
         )
 

@@ -25,14 +25,14 @@ class Conditioning:
     """Conditioning of one sample.
 
     Attributes:
-        tensors: the text encoder's output by the host's own names, each [1, ...]; or an encoded prompt's tensors, which
-            the host has packed.
+        tensors: the text encoder's output by the host's names, each [1, ...]; or an encoded prompt's, as it packs them.
         original_size: (width, height) of the picture before scaling, pixels.
         crop: (left, top) of the crop in the scaled picture, pixels.
         target_size: (width, height) of the crop that is trained on, pixels.
         sources: unscaled latents [1, C, ...] of the source images for an edit model.
         inpaint_mask: [1, 1, H, W] in pixels, 1 where an inpainting model fills the picture; None for none.
         masked_image_latent: with an inpaint mask, the unscaled latent [1, C, ...] of the picture with a gray hole.
+        first_frame: scaled latent [1, C, 1, h, w] that replaces the first of x_t, without noise; None for none.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -42,13 +42,13 @@ class Conditioning:
     sources: tuple[torch.Tensor, ...] = ()
     inpaint_mask: torch.Tensor | None = None
     masked_image_latent: torch.Tensor | None = None
+    first_frame: torch.Tensor | None = None
 
 
 # Kinds of extra conditioning that a denoiser takes besides text: an inpaint mask, or a source image.
 HOLE = "hole"
 SOURCE = "source"
-# Most source images of a picture.
-MAX_SOURCES = 3
+MAX_SOURCES = 3  # most source images of a picture
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PictureRequest:
         seed: of the noise, 0 to 2 ** 64 - 1.
         guidance: for models that were distilled with guidance; None for the host's default.
         frames: of a clip; 1 for a picture.
-        beside: conditioning with the source images or inpaint mask, if the model takes one.
+        beside: conditioning with the source images, inpaint mask or first frame, if the model takes one.
         encoded: conditioning tensors of prompt and negative, if they were encoded together with the source images.
     """
 
@@ -235,7 +235,7 @@ class Denoiser(Protocol):
 
     Attributes:
         conditioning_kind: the extra conditioning besides text: HOLE, SOURCE, or empty for none.
-        takes_clips: it was made for latents with several frames.
+        takes_first_frame: it continues a first frame that lies in the latent without noise.
         max_sources: with SOURCE, the largest number of source images of a picture.
         adds_in_place: True if the module or a patch of it may change activations in place that autograd has saved.
         position_options: entries of the blocks' option dicts that tell patches which block runs. The module itself
@@ -248,7 +248,7 @@ class Denoiser(Protocol):
     noise_scale: float
     family: str
     conditioning_kind: str
-    takes_clips: bool
+    takes_first_frame: bool
     max_sources: int
     adds_in_place: bool
     position_options: Collection[str]

@@ -21,7 +21,7 @@ class DiffusersDenoiser:
     sigma_data = 1.0
     family = "SD1"
     conditioning_kind = ""
-    takes_clips = False
+    takes_first_frame = False
     adds_in_place = False
     position_options = ()
 

@@ -548,7 +548,7 @@ def denoised(model, x, sigma: float, one):
         others = {name: value for name, value in one.tensors.items() if name not in lists}
         tensors = {**encoded_prompts.values_of(others, x.device), **lists}
         conds = comfy.sampler_helpers.convert_cond([[tensors.pop("cross_attn"), {**facts, **tensors}]])
-        shapes = {"latent_shapes": [x.shape]}
+        shapes = {"latent_shapes": [x.shape], "latent_image": torch.zeros_like(x)}
         conds = comfy.samplers.encode_model_conds(model.model.extra_conds, conds, x, x.device, "positive", **shapes)
         level = torch.full((1,), sigma)
         model.pre_run()

@@ -683,6 +683,8 @@ CLASSES = {
     "LTXV": Tiny(_of("LTXV", **_LTXV), (128, 3, 4, 4), (7, 48), more=_mask),
     "LTXAV": Tiny(_of("LTXAV", **_LTXAV), (128, 3, 4, 4), (7, 96)),
     "CosmosT2V": Tiny(_of("CosmosT2V", **_COSMOS_VIDEO), (16, 3, 8, 8), (7, 48), more=_mask),
+    "CosmosI2V": Tiny(_of("CosmosI2V", **{**_COSMOS_VIDEO, "in_channels": 17}), (16, 3, 8, 8), (7, 48), more=_mask),
+    "CosmosI2VPredict2": Tiny(_of("CosmosI2VPredict2", **{**_COSMOS, "in_channels": 17}), (16, 3, 8, 8), (7, 48)),
     "Kandinsky5": Tiny(_of("Kandinsky5", **{**_KANDINSKY5, "visual_embed_dim": 132}), (16, 3, 8, 8), (7, 48), 32),
     "CogVideoX_T2V": Tiny(_of("CogVideoX_T2V", **_COGVIDEO), (16, 3, 8, 8), (7, 48)),
     "WAN21_I2V": Tiny(
@@ -759,7 +761,6 @@ LEFT_OUT = {
     "SeedVR2": "enlarges video",
     **dict.fromkeys(("SVD_img2vid", "SV3D_u", "SV3D_p", "MiniMaxH3"), _VIDEO),
     "HunyuanVideo15_SR_Distilled": "enlarges video",
-    **dict.fromkeys(("CosmosI2V", "CosmosI2VPredict2"), "continues a video that the sampler's mask keeps"),
     **dict.fromkeys(("WAN21_FunControl2V", "WAN21_Vace", "WAN21_Camera", "WAN22_Camera"), _VIDEO),
     **dict.fromkeys(("WAN22_S2V", "WAN21_HuMo", "WAN22_Animate", "WAN_Animate2", "WAN21_CausalAR_T2V"), _VIDEO),
     **dict.fromkeys(("WAN21_FlowRVS", "WAN21_SCAIL", "WAN21_SCAIL2", "WAN22_WanDancer"), _VIDEO),

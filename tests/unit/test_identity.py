@@ -101,7 +101,7 @@ RECIPES = {
             "run": {
                 name: value
                 for name, value in SET["run"].items()
-                if name not in ("validation_fraction", "prompt_node", "communication")
+                if name not in ("validation_fraction", "prompt_node", "communication", "first_frame_probability")
             },
             "adapter": {"start_from": "a.safetensors"},
         },
@@ -158,6 +158,7 @@ SINGLE = {
     "run.validation_fraction": "9775f21408e97ebec5b4d79f13a398187f6930c4c0b1b464d0ad4d18686f8e93",
     "run.prompt_node": "a7e93612d3a86225582c750ac49c73927092f0fae19b88eba4bef983d83d3415",
     "run.communication": "2feb8312d06ac06210247f489ef2aa64903d015107e3cd8b89190ba2fc2485c6",
+    "run.first_frame_probability": "cc220ed58224cc5acba529192a50829def1dc876618f1e49077221c323c79db8",
     "optimizer.optimizer": "b1b401187aa16bd4dd5c0f454a08d6ba3440b64bca51335edd9601d378925272",
     "optimizer.weight_decay": "1f762f19a67b2654009193d186db432fa9826f43971704395dc446b50d42f158",
     "optimizer.schedule": "42cceca6576361f88bea787411d3d8d51bb800981b863fd959d14bba3a197f8b",

@@ -44,6 +44,7 @@ SET = {
         "tag_frequency": "on",
         "give_way": "to everything",
         "communication": "bf16",
+        "first_frame_probability": 0.5,
     },
     "preview": {
         "prompts": "a\nb",
@@ -181,7 +182,7 @@ def test_every_field_arrives_in_the_recipe(kind, name):
     if name != "optimizer":
         assert recipe != resolved(without, **widgets)
     # The content of the starting adapter counts as part of the base; its file name does not.
-    deciding = ("validation_fraction", "prompt_node", "communication", "base_dtype")
+    deciding = ("validation_fraction", "prompt_node", "communication", "first_frame_probability", "base_dtype")
     same_run = kind in FREE and name not in deciding or name == "start_from"
     if name != "optimizer":
         assert (recipe.identity("d", "b") == resolved(without, **widgets).identity("d", "b")) == same_run

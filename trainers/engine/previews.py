@@ -67,13 +67,13 @@ def _preview(plan: Plan, run: Run, host: Host, step: int) -> None:
 
 def _requests(plan: Plan) -> list[PictureRequest]:
     recipe = plan.recipe
-    usual, masks = _usual_bucket(plan), _inpaint_masks(plan)
+    usual, shown = _usual_bucket(plan), _image_conditionings(plan)
     frames = median_low([item.frames for item in plan.train if not item.prior] or [1])
     requests = []
     for index, prompt in enumerate(read_prompts(recipe.preview_prompts)):
         read = plan.previews[index] if plan.previews else None
         given = read() if read is not None else None
-        beside = Conditioning({}, sources=given.sources) if given else masks[index % len(masks)] if masks else None
+        beside = Conditioning({}, sources=given.sources) if given else shown[index % len(shown)] if shown else None
         requests.append(
             PictureRequest(
                 prompt=prompt.text,
@@ -146,8 +146,8 @@ def _row(pictures: Sequence[Image.Image]) -> Image.Image:
     return row
 
 
-def _inpaint_masks(plan: Plan) -> tuple[Conditioning, ...]:
-    """Return conditionings for the previews of a model that takes an inpaint mask; else none.
+def _image_conditionings(plan: Plan) -> tuple[Conditioning, ...]:
+    """Return conditionings for the previews of a model that takes an inpaint mask or a first frame; else none.
 
     They come from the first dataset items of the most common bucket, validation items first.
     """
@@ -156,7 +156,7 @@ def _inpaint_masks(plan: Plan) -> tuple[Conditioning, ...]:
     for item in (*plan.validation, *plan.train):
         if item.bucket == bucket and not item.prior and len(conditionings) < len(plan.recipe.preview_prompts):
             conditioning = item.show(None).conditioning
-            if conditioning.inpaint_mask is None:
+            if conditioning.inpaint_mask is None and not plan.recipe.first_frame_probability:
                 break
             conditionings.append(conditioning)
     return tuple(conditionings)

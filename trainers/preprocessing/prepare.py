@@ -77,6 +77,7 @@ def prepare(dataset: Dataset, recipe: Recipe, host: Host, folders: Folders, copy
     _refuse_sources(dataset, recipe, host)
     _refuse_pairs(dataset, recipe, host)
     _refuse_clips(dataset, host)
+    _refuse_first_frame(dataset, recipe, host)
     _refuse_without_validation(dataset, recipe)
     caches = DatasetCaches(folders.cache, recipe, host)
     filler = CacheFiller(caches, recipe, host)
@@ -196,6 +197,25 @@ def _refuse_clips(dataset: Dataset, host: Host) -> None:
             f"The dataset has {clips} clips, but this model ({host.denoiser.family}) or its VAE takes stills alone.",
             "Set frames of the dataset to 0, or use a video model with its VAE.",
             "dataset",
+        )
+
+
+def _refuse_first_frame(dataset: Dataset, recipe: Recipe, host: Host) -> None:
+    if not recipe.first_frame_probability:
+        return
+    if not host.denoiser.takes_first_frame:
+        raise SettingsError(
+            f"first_frame_probability is set, but this model ({host.denoiser.family}) takes no first frame without "
+            "noise.",
+            "Set it to 0. For a model that sees the picture beside the clip, such as Wan I2V, connect the conditioning "
+            "of ComfyUI's node to Graft Dataset from Images.",
+            "first_frame_probability",
+        )
+    if all(example.clip is None for example in dataset.examples):
+        raise SettingsError(
+            "first_frame_probability is set, but the dataset has no clips.",
+            "Set it to 0, or set frames of the dataset.",
+            "first_frame_probability",
         )
 
 

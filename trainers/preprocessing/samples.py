@@ -82,6 +82,9 @@ class SampleReader:
         key = self._caches.latents.key(example, drawn)
         latent = self._denoiser.scale_latents(self._latent(key, source))
         images = self._image_conditioning(cropped, crop, drawn, visit)
+        if self._keeps_first_frame(cropped.stream(crop), visit) and latent.ndim == 5 and latent.shape[2] > 1:
+            # The mean: ComfyUI's own nodes encode the picture so.
+            images = {**images, "first_frame": self._denoiser.scale_latents(self._latent(key, None))[:, :, :1]}
         conditioning = self._conditioning(caption, cropped, drawn, images)
         weight = self._weight(example, drawn, latent)
         prior_target = None
@@ -91,6 +94,11 @@ class SampleReader:
             prior_target = Sample(latent, target_conditioning, weight, self._live(prompt), example.anchor.weight)
         paired = self._paired_latent(cropped, crop, drawn, visit)
         return Sample(latent, conditioning, weight, self._live(caption), example.weight, prior_target, paired)
+
+    def _keeps_first_frame(self, stream: str, visit: int | None) -> bool:
+        """Draw whether a clip's first frame gets no noise. In validation, each clip always draws the same."""
+        drawn = stream_seed("first frame", self._recipe.seed, stream, visit) / 2**63
+        return drawn < self._recipe.first_frame_probability
 
     def _paired_latent(
         self, cropped: CroppedExample, crop: Crop, drawn: Crop, visit: int | None

@@ -129,6 +129,7 @@ class RecipeOptions:
         slider_anchors: prompts whose predictions a slider keeps.
         slider_strength: strength s of the adapter at which a slider is trained, at +s and -s; 0 for no slider.
         prompt_node: the host's node that encodes the captions, TEXT_ALONE or one of PROMPT_NODES.
+        first_frame_probability: part of a clip's visits whose first frame gets no noise, for image to video.
         shard: "on" to shard the frozen weights of blocks over the processes, HYBRID to shard them over those of a
             machine.
         recompute: part of checkpointed blocks that the backward recomputes, one of RECOMPUTED.
@@ -284,6 +285,7 @@ class RecipeOptions:
     base_dtype: str = option(
         "memory", unset="auto", choices=(AS_IT_IS, *BASE_DTYPES), default=AS_IT_IS, before=AS_IT_IS
     )
+    first_frame_probability: float = option("run", unset=0.0, range=(0.0, 1.0), default=0.0, before=0.0)
     communication: str = option("run", unset="auto", choices=(EXACT, HALF), default=EXACT, before=EXACT)
 
     # The fields below do not affect the result: a run may continue with other values.

@@ -65,14 +65,23 @@ def encode_live(host: Host, samples: list[Sample]) -> list[Sample]:
     ]
 
 
-def weights_of(samples: list[Sample], x0: torch.Tensor) -> torch.Tensor | None:
-    """Return the loss weights [B, 1, ...] of the samples' positions; None if no sample has any."""
-    if all(sample.weight is None for sample in samples):
+def weights_of(samples: list[Sample], x0: torch.Tensor, outside: bool = False) -> torch.Tensor | None:
+    """Return the loss weights [B, 1, ...] of the samples' positions; None if no sample has any.
+
+    Args:
+        outside: return 1 - the weights of the masks. Either way, frames without noise weigh nothing.
+    """
+    if all(sample.weight is None and sample.conditioning.first_frame is None for sample in samples):
         return None
     ones = torch.ones_like(x0[:1, :1])
-    return torch.cat(
-        [ones if sample.weight is None else upload(sample.weight, ones.device).to(ones.dtype) for sample in samples]
-    )
+    rows = []
+    for sample in samples:
+        row = ones if sample.weight is None else upload(sample.weight, ones.device).to(ones.dtype).expand_as(ones)
+        row = 1 - row if outside else row
+        if sample.conditioning.first_frame is not None:
+            row = torch.cat([torch.zeros_like(row[:, :, :1]), row[:, :, 1:]], dim=2)
+        rows.append(row)
+    return torch.cat(rows)
 
 
 def factors_of(samples: list[Sample], x0: torch.Tensor) -> torch.Tensor | float:

@@ -182,7 +182,7 @@ def losses_of(
     if custom is not None:
         losses = custom.losses(denoiser, prediction, target, sigma, weights)
         if base is not None and weights is not None:
-            outside = custom.losses(denoiser, prediction, base, sigma, 1 - weights)
+            outside = custom.losses(denoiser, prediction, base, sigma, weights_of(batch.samples, x0, outside=True))
             losses = losses + custom.objective.masked_prior_weight * outside
     else:
         losses = example_losses(prediction, target, weights)
@@ -290,7 +290,8 @@ def crop_sample(sample: Sample, fraction: float) -> Sample:
 
     target = None if sample.prior_target is None else crop_sample(sample.prior_target, fraction)
     cropped = {name: crop(getattr(sample, name)) for name in ("latent", "weight", "paired")}
-    return replace(sample, **cropped, prior_target=target)
+    conditioning = replace(sample.conditioning, first_frame=crop(sample.conditioning.first_frame))
+    return replace(sample, **cropped, conditioning=conditioning, prior_target=target)
 
 
 def fixed_losses(

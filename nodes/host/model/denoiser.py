@@ -61,7 +61,7 @@ class ComfyDenoiser:
         self.family = families.family_name(self._model)
         self._image_conditioning = families.image_conditioning(self._model)
         self.conditioning_kind = _KINDS.get(self._image_conditioning, SOURCE)
-        self.takes_clips = families.takes_clips(self._model)
+        self.takes_first_frame = families.takes_first_frame(self._model)
         self.max_sources = 1 if self._image_conditioning == families.CONCAT else MAX_SOURCES
         self.parameterization = families.parameterization_name(self._model)
         self._preserves_variance = families.preserves_variance(self._model)
@@ -139,6 +139,7 @@ class ComfyDenoiser:
 
     def predict(self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]) -> torch.Tensor:
         """Return the raw output. Samples whose conditionings ComfyUI would not batch run one after the other."""
+        x_t = self._with_first_frames(x_t, sigma, conditioning)
         conds = [self._conds(x_t[index : index + 1], condition) for index, condition in enumerate(conditioning)]
         groups = _joinable(conds)
         if len(groups) == 1:
@@ -149,6 +150,21 @@ class ComfyDenoiser:
             output = self._forward(x_t[rows], sigma[rows], [conds[index] for index in group])
             parts.update(zip(group, output.split(1), strict=True))
         return torch.cat([parts[index] for index in range(len(conds))])
+
+    def _with_first_frames(
+        self, x_t: torch.Tensor, sigma: torch.Tensor, conditioning: Sequence[Conditioning]
+    ) -> torch.Tensor:
+        """Return x_t with the first frames that get no noise, scaled as ComfyUI's KSamplerX0Inpaint scales them."""
+        if all(condition.first_frame is None for condition in conditioning):
+            return x_t
+        rows = []
+        for row, level, condition in zip(x_t.split(1), sigma.split(1), conditioning, strict=True):
+            given = _first_frame(row, condition)
+            if given:
+                mask = given["denoise_mask"]
+                row = row * mask + self._base.scale_latent_inpaint(x=row, sigma=level, noise=row, **given) * (1 - mask)
+            rows.append(row)
+        return torch.cat(rows)
 
     def _conds(self, x_t: torch.Tensor, conditioning: Conditioning) -> dict:
         """Return one sample's inputs besides x_t and timestep, as ComfyUI's own sampler makes them."""
@@ -161,6 +177,7 @@ class ComfyDenoiser:
             # ComfyUI passes None for text encoders without a pooled output; some models look the name up.
             "pooled_output": None,
             "latent_image": torch.zeros_like(x_t),
+            **_first_frame(x_t, conditioning),
             "latent_shapes": [x_t.shape],
             "prompt_type": "positive",
         }
@@ -359,6 +376,16 @@ class ComfyDenoiser:
     def earlier_fingerprint(self) -> str:
         """Return the fingerprint that earlier versions computed from samples of the weights."""
         return self._earlier_fingerprint
+
+
+def _first_frame(x_t: torch.Tensor, conditioning: Conditioning) -> dict[str, torch.Tensor]:
+    """Return the sampler's latent and noise mask of a first frame, as ComfyUI's image to video nodes make them."""
+    if conditioning.first_frame is None:
+        return {}
+    latent, mask = torch.zeros_like(x_t), torch.ones_like(x_t)
+    latent[:, :, :1] = upload(conditioning.first_frame, x_t.device)
+    mask[:, :, :1] = 0
+    return {"latent_image": latent, "denoise_mask": mask}
 
 
 def _sizes(conditioning: Conditioning) -> dict[str, int]:

@@ -252,6 +252,13 @@ def takes_clips(model: ModelPatcher) -> bool:
     return next((name in _VIDEO for name in kinds if name in (*_VIDEO, *_STILLS)), False)
 
 
+def takes_first_frame(model: ModelPatcher) -> bool:
+    """Report whether ComfyUI's class keeps a first frame without noise, and its network is told which frame it is."""
+    base = model.model
+    is_told = _mentions(type(base), "process_timestep", "denoise_mask")
+    return takes_clips(model) and (is_told or getattr(base, "concat_keys", ()) == ("mask_inverted",))
+
+
 def expert_range(model: ModelPatcher, texts: Iterable[str]) -> tuple[int, int] | None:
     """Return the bounds of t * 1000 for which an expert of Wan 2.2 14B was made; None for other models.
 

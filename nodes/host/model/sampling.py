@@ -93,8 +93,9 @@ class _Sampler:
         """Return latents [len(seeds), C, ...] of one prompt. The noise of each depends on its own seed alone."""
         latent = empty_latent(self._patcher, self._vae, request.size, len(seeds), request.frames)
         noise = torch.cat([comfy.sample.prepare_noise(latent[:1], seed) for seed in seeds])
+        latent, mask = self._with_first_frame(latent, request)
         prompts = (positive, negative, latent)
-        more = {"callback": _check_interrupt, "disable_pbar": True, "seed": seeds[0]}
+        more = {"callback": _check_interrupt, "disable_pbar": True, "seed": seeds[0], "noise_mask": mask}
         if families.preserves_variance(self._patcher):
             from comfy_extras.nodes_void import VOID_DDIM
 
@@ -104,6 +105,17 @@ class _Sampler:
             return comfy.sample.sample_custom(self._patcher, noise, request.cfg, VOID_DDIM(), sigmas, *prompts, **more)
         drawing = (request.steps, request.cfg, request.sampler_name, request.scheduler)
         return comfy.sample.sample(self._patcher, noise, *drawing, *prompts, **more)
+
+    def _with_first_frame(
+        self, latent: torch.Tensor, request: PictureRequest
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the latent with a request's first frame, and its noise mask; None without one of the latent's size."""
+        frame = request.beside and request.beside.first_frame
+        if frame is None or frame.shape[3:] != latent.shape[3:] or not families.takes_first_frame(self._patcher):
+            return latent, None
+        latent, mask = torch.zeros_like(latent), torch.ones_like(latent[:, :1])
+        latent[:, :, :1], mask[:, :, :1] = frame, 0
+        return self._patcher.model.process_latent_out(latent), mask
 
 
 def empty_latent(
