@@ -158,7 +158,7 @@ def _refuse_if_empty(folder: str, examples: list[Example], left_out: Sequence[Le
         raise DatasetError(f"The folder '{folder}' holds no picture.", "Put PNG, JPEG or WebP files into it.", "folder")
     raise DatasetError(
         f"The folder '{folder}' holds no picture to train on: {shortened(left_out)}.",
-        "Save the pictures again as PNG or JPEG, or choose another folder.",
+        "Include excluded pictures, save unreadable ones again as PNG or JPEG, or choose another folder.",
         "folder",
     )
 

@@ -189,6 +189,14 @@ def test_excluding_and_including_again(folder):
     assert sorted(trained(folder)) == ["10_dog/c.png", "b.png", "d.jpg", "d.png"]
 
 
+def test_a_folder_without_included_pictures_says_so(folder):
+    picture_edits.exclude(str(folder), list(rows(folder)), True)
+    with pytest.raises(DatasetError, match="a.png: excluded from training") as caught:
+        trained(folder)
+    assert "Include excluded pictures" in caught.value.cure
+    assert all(row.excluded for row in rows(folder).values())
+
+
 def test_repeats_and_centers(folder):
     picture_edits.set_repeats(str(folder), "10_dog", 4)
     picture_edits.set_repeats(str(folder), "", 2)
