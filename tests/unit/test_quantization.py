@@ -4,16 +4,17 @@ import logging
 
 import pytest
 import torch
-from graft_pack.trainers.engine import base_dtype
+from graft_pack.trainers.engine import base_dtype, trainable_modules
 from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
 from graft_pack.trainers.errors import SettingsError
 from graft_pack.trainers.families import family_of
+from graft_pack.trainers.formats.json_files import read_json
 from graft_pack.trainers.lowrank.quantized import QuantizedLinear
 from graft_pack.trainers.memory import quantization, tracking
 from graft_pack.trainers.memory.autograd import blocks_of
 from graft_pack.trainers.recipe.options import AS_IT_IS, BASE_DTYPES, FP8, INT8, NF4
 
-from tests.support.diffusers_host import make_host, run_session, same_state, same_tensors, state_of
+from tests.support.diffusers_host import make_host, make_unet, run_session, same_state, same_tensors, state_of
 
 CPU = torch.device("cpu")
 # Bytes of a weight's number: codes, and scales of four bytes per row of 256 or per block of 64.
@@ -194,6 +195,17 @@ def test_the_log_states_the_measured_error(tmp_path, caplog):
     (line,) = [record.getMessage() for record in caplog.records if "quantized the model" in record.getMessage()]
     percent = float(line.rpartition("by ")[2].rstrip("%."))
     assert "nf4" in line and 0.1 < percent < 50
+
+
+@pytest.mark.parametrize("name", [AS_IT_IS, *BASE_DTYPES])
+def test_checkpointing_by_itself_counts_weights_and_not_their_packed_parts(name, tmp_path, monkeypatch):
+    found = {}
+    count = sum(weight.numel() for weight in make_unet().parameters())
+    for limit in (count - 1, count):
+        monkeypatch.setattr(trainable_modules, "_LARGE_MODEL", limit)
+        run = run_session(tmp_path / str(limit), steps=1, base_dtype=name).run
+        found[limit] = read_json(run.recipe_path)["checkpointed_blocks"]
+    assert found[count - 1] > 0 == found[count]
 
 
 def test_full_fine_tuning_refuses_it():

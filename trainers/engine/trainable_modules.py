@@ -130,11 +130,12 @@ class TrainableModules:
         Returns:
             The number of the denoiser's checkpointed blocks.
         """
+        from ..lowrank.quantized import count_weights
         from ..memory.autograd import blocks_of
         from ..memory.checkpointing import checkpoint_blocks
 
         recipe, denoiser = self._recipe, self._host.denoiser
-        size = sum(parameter.numel() for parameter in denoiser.module.parameters())
+        size = count_weights(denoiser.module)
         if recipe.checkpointing != "on" and not (recipe.checkpointing == "auto" and size > _LARGE_MODEL):
             return 0
         blocks = blocks_of(denoiser.module)

@@ -101,6 +101,14 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         return functional.embedding(places, self.form.rows(self.parts, rows, out_dtype or self.weight_dtype))
 
 
+def count_weights(tree: nn.Module) -> int:
+    """Return the number of a tree's weights. A quantized one counts as what it stands for, not as its packed parts."""
+    layers = [layer for layer in tree.modules() if isinstance(layer, Quantized)]
+    parts = {id(part) for layer in layers for part in layer.parts}
+    rest = sum(weight.numel() for weight in tree.parameters() if id(weight) not in parts)
+    return rest + sum(layer.form.shape.numel() for layer in layers)
+
+
 _KINDS = {nn.Conv2d: QuantizedConv2d, nn.Embedding: QuantizedEmbedding}
 
 
