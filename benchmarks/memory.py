@@ -7,6 +7,9 @@ memory of a forward and backward that drops each gradient at once: activations a
 last part is measured, the others are counted. Each case runs in its own process, with saves on the way, and ends with
 the adapter as the node hands it on.
 
+In shares, each of several processes holds its share of all but base and activations. The bound is the same with these
+shares; the main process writes the saves, and gets the whole adapter afterwards, which is not counted.
+
 Each case runs twice: with the system's allocator as it is, which keeps some freed memory to itself, and with an
 allocator setting that returns all of it at once, which shows the memory of the tensors.
 """
@@ -15,7 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import socket
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from .peak_memory import Peak
@@ -37,6 +43,9 @@ CASES = {
 # glibc's name for the size above which freed memory returns to the system at once.
 AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": "262144"}
 OUTSIDE = ("AdamW, clipped",)
+# Processes that share the first case's weights, and the case's name.
+SHARES = {count: f"shares of {count}" for count in (2, 4)}
+CASES |= dict.fromkeys(SHARES.values(), {"ema_decay": 0.999, "shard": "on"})
 
 
 def _one(name: str, steps: int, folder: str) -> dict[str, int]:
@@ -51,18 +60,25 @@ def _one(name: str, steps: int, folder: str) -> dict[str, int]:
     torch.set_num_threads(1)
     settings = {**FULL, "max_grad_norm": 0.0, "steps": steps, "save_every": 2, "keep_last": 1, **(CASES[name] or {})}
     resumed = name.endswith("resumed")
+    group = None
+    if name in SHARES.values():
+        from graft_pack.trainers.distributed.accelerate_group import AccelerateGroup
+
+        group = AccelerateGroup(cpu=True)
+        folder = f"{folder} {group.rank}"
     with tempfile.TemporaryDirectory() as scratch:
         # Warm up first, so that imports and one-time setup do not count.
-        _train("SD1", settings, Path(scratch), False)
+        _train("SD1", settings, Path(scratch), False, group)
         peak = Peak()
         if CASES[name] is None:
             return {**_dropping(), "peak": peak()}
         settings["steps"] += 2 * resumed
-        return {**_train(MODEL, settings, Path(folder), resumed), "peak": peak()}
+        return {**_train(MODEL, settings, Path(folder), resumed, group), "peak": peak()}
 
 
-def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str, int]:
+def _train(model: str, settings: dict, folder: Path, resumed: bool, group) -> dict[str, int]:
     import torch
+    from graft_pack.trainers.engine.placement import place_weights
     from graft_pack.trainers.memory.tracking import bytes_of
 
     from tests.support import models
@@ -70,6 +86,10 @@ def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str,
     with torch.inference_mode():
         made = models.patcher(model)
     with models.in_training(made, model, side=32, examples=2, **settings) as training:
+        if group is not None:
+            host = replace(training.host, group=group)
+            training = replace(training, host=host, plan=place_weights(training.plan, None, host))
+            return _shares(models.train(training, folder, resumed), training)
         state = models.train(training, folder, resumed)
         tree = training.denoiser.module
         optimizer = [value for slots in state.optimizer.values() for value in slots.values() if torch.is_tensor(value)]
@@ -83,6 +103,33 @@ def _train(model: str, settings: dict, folder: Path, resumed: bool) -> dict[str,
         adapter = training.plan.export(state.ema or state.trainables, 0).adapter.taken()
         assert bytes_of(adapter.values()) == found["trained"]
     return found
+
+
+def _shares(state, training) -> dict[str, int]:
+    """Return the bytes of base and shares after a training in shares."""
+    from graft_pack.trainers.memory.tracking import bytes_of
+
+    slots = (value for kept in state.optimizer.values() for value in kept.values() if hasattr(value, "shape"))
+    found = {"trained": state.trainables.values(), "optimizer": slots, "average": state.ema.values()}
+    count = training.host.group.world_size
+    found = {name: sum(one.numel() * one.element_size() for one in held) // count for name, held in found.items()}
+    return {"base": bytes_of(training.denoiser.module.buffers()), **found}
+
+
+def _in_shares(count: int, how: dict[str, str], steps: int, folder: str) -> dict[str, int]:
+    """Run the processes of a case in shares; return the bytes of the one with the highest peak."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def one(rank: int) -> dict[str, int]:
+        places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        environment = how | {name: str(value) for name, value in places.items()}
+        return subprocess_run("benchmarks.memory", environment, name=SHARES[count], steps=steps, folder=folder)
+
+    with ThreadPoolExecutor(count) as pool:
+        return max(pool.map(one, range(count)), key=lambda found: found["peak"])
 
 
 def _dropping() -> dict[str, int]:
@@ -140,6 +187,7 @@ def table(found: dict[str, tuple[dict[str, int], dict[str, int]]]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--case", choices=[*CASES], help="measure only this one beside the bare passes")
     parser.add_argument(OPTION, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
@@ -147,12 +195,15 @@ def main():
         return
     found = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in CASES:
+        for name in CASES if args.case is None else ("forward and backward", args.case):
             if not name.endswith("resumed"):
                 folder = Path(scratch) / name
             ways = (("plain", {}), ("at once", AT_ONCE))
+            counts = [count for count, case in SHARES.items() if case == name]
             found[name] = tuple(
-                subprocess_run("benchmarks.memory", how, name=name, steps=args.steps, folder=str(folder / way))
+                _in_shares(counts[0], how, args.steps, str(folder / way))
+                if counts
+                else subprocess_run("benchmarks.memory", how, name=name, steps=args.steps, folder=str(folder / way))
                 for way, how in ways
             )
     print(table(found))

@@ -263,7 +263,7 @@ class GraftMemoryOptions(OptionNode):
                 ),
                 cls.widget(
                     "shard",
-                    "With several processes: each keeps only a shard of the blocks' frozen weights. hybrid: over the "
+                    "With several processes: each keeps only a shard of the model's weights. hybrid: over the "
                     "processes of a machine. auto: off.",
                 ),
                 cls.widget("recompute", "The part that checkpointing recomputes. auto: everything."),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +34,7 @@ class Group:
     Attributes:
         rank: index of this process, from 0.
         world_size: number of processes.
-        sharded: the denoiser's frozen weights are sharded over the processes.
+        sharded: weights of the denoiser are sharded over the processes.
         lockstep: all processes must run the same forward passes of the denoiser now.
     """
 
@@ -84,12 +84,24 @@ class Group:
         """Return the main process's text in all processes. Raise PeerLostError as `all_reduce` does."""
         return text
 
-    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool, hybrid: bool) -> None:
+    def shard(
+        self,
+        tree: nn.Module,
+        keep: Iterable[torch.Tensor],
+        needs_input_grad: bool,
+        hybrid: bool,
+        trained: dict[str, nn.Parameter] | None = None,
+    ) -> Any:
         """Shard the frozen weights of a tree's blocks, see `fsdp.ShardedWeights`. Do nothing with one process.
 
         Args:
             hybrid: shard them over the processes of each machine, and hold all shards on every machine.
+            trained: trained weights by name, to shard too: the shards take their place in this dict.
+
+        Returns:
+            The `TrainedShards`; None if no trained weights are sharded.
         """
+        return None
 
     @contextmanager
     def main_process_only(self) -> Iterator[bool]:

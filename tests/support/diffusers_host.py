@@ -9,9 +9,24 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDPMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from graft_pack.trainers.protocols import Geometry, Host
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 SCHEDULE = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "num_train_timesteps": 1000}
 TOKENS, WIDTH = 16, 16
+
+
+class CastWeights(TorchFunctionMode):
+    """Mode in which layers cast their weights to the dtype of their input."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        layers = (functional.linear, functional.conv2d, functional.group_norm, functional.layer_norm)
+        if func in (*layers, torch.conv2d, torch.group_norm, torch.layer_norm):
+            dtype = args[0].dtype
+            args = [value.to(dtype) if torch.is_tensor(value) else value for value in args]
+            kwargs = {name: value.to(dtype) if torch.is_tensor(value) else value for name, value in kwargs.items()}
+        return func(*args, **kwargs)
 
 
 class DiffusersDenoiser:
@@ -68,6 +83,10 @@ class DiffusersDenoiser:
 
     def _run(self, x, t, context):
         # Like ComfyUI's layers: weights in another dtype than the activations are cast during the forward.
+        if hasattr(self._unet, "unshard"):
+            # FSDP2 puts the weights into the layers during the forward, too late for `functional_call`.
+            with CastWeights():
+                return self._unet(x, t, context).sample
         weights = {name: weight for name, weight in self._unet.named_parameters() if weight.is_floating_point()}
         halves = {name: weight.float() for name, weight in weights.items() if weight.dtype != x.dtype}
         return torch.func.functional_call(self._unet, halves, (x, t, context)).sample
@@ -402,7 +421,7 @@ def make_item(index, weight=None):
 
 @contextmanager
 def planned(items, spread=0.1, **fields):
-    """Return (plan, host) of a LoRA on random trainable parameters; spread 0 leaves their initial values."""
+    """Return (plan, host) of a method, by default LoRA, on random trainable parameters; spread 0 leaves them."""
     from graft_pack.trainers.families import family_of
     from graft_pack.trainers.methods import METHODS
     from graft_pack.trainers.steps.plan import Plan
@@ -413,9 +432,9 @@ def planned(items, spread=0.1, **fields):
     host = make_host()
     with host.denoiser.training("auto"):
         module = host.denoiser.module
-        method = METHODS["LoRA"]
+        method = METHODS[recipe.method]
         trainables = method.inject(module, method.targets(module, family_of("SD1"), recipe), recipe)
-        if spread:
+        if spread and method.ranked:
             models.scatter(trainables, spread)
         export = models.exporter(method, recipe, host.denoiser.adapter_name)
         plan = Plan(

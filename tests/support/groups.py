@@ -38,7 +38,8 @@ WINDOWS = [
 
 def gradients_of(world, fields):
     """Return byte and bucket counts per process, after checking that its gradients equal one process's."""
-    with planned([make_item(index) for index in range(8)]) as (plan, host):
+    method = {name: fields[name] for name in ("method", "targets", "rank", "alpha") if name in fields}
+    with planned([make_item(index) for index in range(8)], **method) as (plan, host):
         alone = [gradient_of(plan, host, window, step)[:2] for step, window in enumerate(WINDOWS)]
     answers = ProcessGroup(world).run("gradients", fields=fields, windows=WINDOWS)
     assert all(found == answers[0][0] for found, *_ in answers)

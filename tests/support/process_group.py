@@ -5,6 +5,7 @@
 They are forked from a server that has imported the slow modules, so that a group starts in a moment.
 """
 
+import math
 import multiprocessing
 import os
 import runpy
@@ -70,20 +71,22 @@ class ProcessGroup:
             theirs.close()
             members.append((member, ours))
         try:
+            # A process ends only when its answer is read, if that is long.
+            answers = [_answer(pipe, timeout) for _, pipe in members]
             for member, _ in members:
                 member.join(timeout)
             self.exitcodes = [member.exitcode for member, _ in members]
             assert None not in self.exitcodes, "a process hangs"
-            return [_answer(pipe) for _, pipe in members]
+            return answers
         finally:
             for member, pipe in members:
                 member.kill()
                 pipe.close()
 
 
-def _answer(pipe):
+def _answer(pipe, timeout):
     try:
-        return pipe.recv() if pipe.poll() else None
+        return pipe.recv() if pipe.poll(timeout) else None
     except EOFError:
         return None
 
@@ -184,12 +187,12 @@ def fail(group, folder, fields, rank, where="part", memory=0, after=0):
 
     Args:
         where: "part" (of a gradient), "validation" or "preview": in the middle of its first forward; or "bucket": in
-            the backward, when it is sent.
+            the backward, when it is sent. "nan": its losses are not numbers.
         memory: number of out-of-memory errors there; 0 for one error of that process's own.
         after: number of times that it gets through there before.
     """
     from graft_pack.trainers.distributed import gradient_reducer
-    from graft_pack.trainers.engine import loop
+    from graft_pack.trainers.engine import accumulation, loop
     from graft_pack.trainers.memory.autograd import blocks_of
 
     from tests.support.diffusers_host import make_host, run_session
@@ -222,6 +225,9 @@ def fail(group, folder, fields, rank, where="part", memory=0, after=0):
                 hook.remove()
 
         host.denoiser.preview = preview
+    if where == "nan" and group.rank == rank:
+        terms = accumulation.loss_terms
+        accumulation.loss_terms = lambda *given, watch=None: (losses * math.nan for losses in terms(*given, watch))
     if where == "validation":
         loop.fixed_losses = trouble(loop.fixed_losses)
     try:
@@ -231,6 +237,7 @@ def fail(group, folder, fields, rank, where="part", memory=0, after=0):
             group.abort()
         except Exception as second:
             return f"{type(error).__name__}, then {type(second).__name__}"
+
         return type(error).__name__
 
 
@@ -243,7 +250,8 @@ def gradients(group, fields, windows):
     """Return ((loss, gradient as a list) of all processes together per window, bytes of frozen weights, buckets).
 
     The bytes are those of the blocks before sharding, and those that this process holds after each forward and after
-    each step. The buckets of each window: (number, number of those sent before the last backward ended).
+    each step; with all weights trained, those of the trained weights instead. The buckets of each window: (number,
+    number of those sent before the last backward ended).
     """
     from graft_pack.trainers.engine import loop
     from graft_pack.trainers.engine.updater import ParameterUpdater
@@ -259,18 +267,22 @@ def gradients(group, fields, windows):
     with planned([make_item(index) for index in range(8)], **fields) as (plan, host):
         host = replace(host, group=group)
         blocks = blocks_of(host.denoiser.module)
-        sizes = [held_by(blocks)]
+        trains_all = plan.recipe.method == "all weights"
+        sizes = [held_by(blocks, trains_all)]
 
         class Watched(ParameterUpdater):
             def backward(self, loss, is_last=False):
-                sizes.append(held_by(blocks))
+                sizes.append(held_by(blocks, trains_all))
                 super().backward(loss, is_last)
 
         if plan.recipe.checkpointing == "on":
             checkpoint_blocks(blocks, plan.recipe.keeps_attention)
         if plan.recipe.shard in SHARDED:
             hybrid = plan.recipe.shard == HYBRID
-            group.shard(host.denoiser.module, plan.trainables.values(), needs_input_grad=False, hybrid=hybrid)
+            keep = () if trains_all else plan.trainables.values()
+            trained = plan.trainables if trains_all else None
+            shards = group.shard(host.denoiser.module, keep, False, hybrid, trained)
+            plan = replace(plan, shards=shards)
         for step, batches in enumerate(windows):
             for parameter in plan.trainables.values():
                 parameter.grad = None
@@ -280,10 +292,15 @@ def gradients(group, fields, windows):
             losses = loop.accumulate_gradients(plan, host, window, updater)
             updater.sum_gradients()
             updater.close()
-            buckets.append((updater._reducer.buckets, updater._reducer.overlapped))
+            if not trains_all:
+                buckets.append((updater._reducer.buckets, updater._reducer.overlapped))
             loss = group.all_reduce(losses.mean)
-            found.append((loss, models.joined(one.grad for one in plan.trainables.values()).tolist()))
-            sizes.append(held_by(blocks))
+            grads = [parameter.grad for parameter in plan.trainables.values()]
+            if plan.shards is not None:
+                plan.shards.publish(list(zip(plan.trainables, grads, strict=True)))
+                grads = [plan.shards.gather(len(grads) + number) for number in range(len(grads))]
+            found.append((loss, models.joined(grads).tolist()))
+            sizes.append(held_by(blocks, trains_all))
     return found, sizes, buckets
 
 
@@ -328,9 +345,9 @@ def reduce(group, half=False):
     return found, counts
 
 
-def held_by(blocks):
-    """Return the bytes of storages of the blocks' frozen weights in this process."""
-    held = [one for block in blocks for one in block.parameters() if not one.requires_grad]
+def held_by(blocks, trained=False):
+    """Return the bytes of storages of the blocks' frozen or trained weights in this process."""
+    held = [one for block in blocks for one in block.parameters() if one.requires_grad == trained]
     storages = [getattr(one, "_local_tensor", one).untyped_storage() for one in held]
     return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
 

@@ -141,17 +141,9 @@ def test_memory_that_runs_out_where_one_works_alone_is_found(straight, tmp_path,
     assert validation[0] == pytest.approx(validation[1], rel=1e-4)
 
 
-@pytest.mark.parametrize(
-    "fields, said",
-    [
-        ({"method": "all weights", "rank": 0, "alpha": 0.0}, "trains all weights.*only frozen weights"),
-        ({"offload": "on"}, "shard is on and offload is on"),
-    ],
-    ids=["all weights", "offload"],
-)
-def test_what_does_not_go_with_shares_is_named(fields, said):
-    with pytest.raises(SettingsError, match=said):
-        check_recipe(models.recipe("SD1", shard="on", **fields))
+def test_shards_and_offload_are_refused_together():
+    with pytest.raises(SettingsError, match="shard is on and offload is on"):
+        check_recipe(models.recipe("SD1", shard="on", offload="on"))
 
 
 def test_a_pytorch_that_cannot_do_it_is_named(monkeypatch):

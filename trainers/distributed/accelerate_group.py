@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from .fsdp import ShardedWeights
     from .gradient_reducer import BucketReducer
+    from .trained_shards import TrainedShards
 
 log = logging.getLogger(__name__)
 
@@ -191,26 +192,37 @@ class AccelerateGroup(Group):
             sent = torch.tensor(data if self.is_main else [0] * length, dtype=torch.uint8, device=self.device)
             return bytes(broadcast(sent).tolist()).decode()
 
-    def shard(self, tree: nn.Module, keep: Iterable[torch.Tensor], needs_input_grad: bool, hybrid: bool) -> None:
-        """Shard the frozen weights of a tree's blocks with `ShardedWeights`. A single process keeps them whole."""
+    def shard(
+        self,
+        tree: nn.Module,
+        keep: Iterable[torch.Tensor],
+        needs_input_grad: bool,
+        hybrid: bool,
+        trained: dict[str, nn.Parameter] | None = None,
+    ) -> TrainedShards | None:
+        """Shard the weights of a tree with `ShardedWeights`. A single process keeps them whole."""
         if self.world_size == 1:
-            return
+            return None
         from torch import distributed
 
         from .fsdp import ShardedWeights
 
         self.all_reduce()
+        if trained:
+            self.broadcast(trained.values())
         # Messages of one group keep their order, but gradients and shards of weights do not wait for each other.
         self.bucket_group = distributed.new_group(timeout=_WAIT)
         processes = self._processes_of_machine() if hybrid else None
-        self._shards = shards = ShardedWeights(tree, keep, self, needs_input_grad, processes)
+        self._shards = shards = ShardedWeights(tree, keep, self, needs_input_grad, processes, trained)
         log.info(
-            "Graft: sharded the frozen weights of %d blocks (%.1f MB) over %d processes%s.",
+            "Graft: sharded the %s weights of %d blocks (%.1f MB) over %d processes%s.",
+            "frozen" if trained is None else "trained",
             shards.blocks,
             shards.divided / 1e6,
-            processes.size() if processes else self.world_size,
+            shards.shares,
             f"; {shards.whole / 1e6:.1f} MB of them are whole in each" if shards.whole else "",
         )
+        return shards.trained
 
     def _processes_of_machine(self) -> ProcessGroup:
         """Return torch's group of this machine's processes. Launchers number all processes machine by machine."""
@@ -227,7 +239,7 @@ class AccelerateGroup(Group):
 
     @property
     def sharded(self) -> bool:
-        """Return True if the frozen weights are sharded."""
+        """Return True if weights are sharded."""
         return self._shards is not None
 
     @property
@@ -269,6 +281,14 @@ class AccelerateGroup(Group):
         gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
         with self.connected():
             return gather(whole, share, group=processes, async_op=asynchronous)
+
+    def scatter_sum(self, share: torch.Tensor, whole: torch.Tensor, processes: ProcessGroup, asynchronous: bool):
+        """Sum `whole` over the processes and keep this one's share. Return and raise as `gather_shares`."""
+        from torch import distributed
+
+        scatter = getattr(distributed, "reduce_scatter_single", None) or distributed.reduce_scatter_tensor
+        with self.connected():
+            return scatter(share, whole, group=processes, async_op=asynchronous)
 
     def close(self) -> None:
         """Destroy the process group."""

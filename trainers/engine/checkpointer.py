@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,14 +46,13 @@ class Checkpointer:
             GraftError: the state has other trainables than this run, or the state of another optimizer.
         """
         self.saved_step = state.step
-        plan = self._plan
+        plan, shards = self._plan, self._plan.shards
         if state.step == 0:
             if plan.recipe.ema_decay:
                 self._average.start(list(plan.trainables.values()))
             return
         if not (
-            _have_equal_shapes(state.trainables, plan.trainables)
-            and _have_equal_shapes(state.constants, plan.constants)
+            _have_equal_shapes(state.trainables, plan.values()) and _have_equal_shapes(state.constants, plan.constants)
         ):
             raise GraftError(
                 f"The saved state of step {state.step} has other layers than this model.",
@@ -59,7 +60,8 @@ class Checkpointer:
             )
         with torch.no_grad():
             for name, parameter in plan.trainables.items():
-                parameter.copy_(state.trainables.pop(name))
+                value = state.trainables.pop(name)
+                parameter.copy_(value if shards is None else shards.local(name, value))
             for name, tensor in plan.constants.items():
                 tensor.copy_(state.constants[name])
         try:
@@ -71,7 +73,11 @@ class Checkpointer:
             ) from error
 
     def _restore_optimizer(self, state: State) -> None:
-        recipe = self._plan.recipe
+        recipe, shards = self._plan.recipe, self._plan.shards
+        if shards is not None:
+            for name, slots in self._by_name(state.optimizer):
+                slots.update({slot: shards.local(name, value) for slot, value in slots.items()})
+            state.ema = {name: shards.local(name, value) for name, value in state.ema.items()}
         self._updater.restore(state.optimizer, state.groups, state.scaler)
         state.optimizer = {}
         if recipe.ema_decay:
@@ -80,27 +86,45 @@ class Checkpointer:
 
     def save(self, state: State) -> None:
         """Write the state and the files of its step. Processes other than the main one write nothing."""
-        if not self._host.group.is_main:
-            self.saved_step = state.step
-            return
-        self._capture(state)
-        products = self._plan.export(state.ema or state.trainables, state.step)
-        path = self._run.save(state, products, self._plan.recipe.keep_last)
+        with self._captured(state) as is_main:
+            if is_main:
+                products = self._plan.export(state.ema or state.trainables, state.step)
+                path = self._run.save(state, products, self._plan.recipe.keep_last)
         self.saved_step = state.step
-        self._host.report("saved", {"step": state.step, "path": path})
+        if is_main:
+            self._host.report("saved", {"step": state.step, "path": path})
+
+    @contextmanager
+    def _captured(self, state: State) -> Iterator[bool]:
+        """Capture the live tensors and let the main process write them in the block: it gets True.
+
+        The other processes skip the block. If the trained weights are sharded, they serve their shards meanwhile.
+        """
+        shards, group = self._plan.shards, self._host.group
+        if shards is not None or group.is_main:
+            self._capture(state)
+        with nullcontext(group.is_main) if shards is None else group.main_process_only() as is_main:
+            yield is_main
+        if shards is not None:
+            # The result is exported from weights or averages. The optimizer is not needed for it.
+            shards.withdraw(kept=len(state.ema))
 
     def save_best(self, state: State) -> dict[str, Any] | None:
         """Keep the files of this step as the best ones if no kept step has a lower validation loss.
 
         Returns:
-            The logged event; None if an earlier step remains the best.
+            The logged event; None if an earlier step remains the best, or in other processes than the main one.
         """
-        step, loss = state.validation[-1]
-        kept_step, kept_loss = read_best(self._run) or (0, math.inf)
-        # A resumed run has forgotten the event of a step that it repeats, so it writes that step again.
-        if not loss < kept_loss and step != kept_step:
-            return None
-        save_best(self._run, self._plan.export(self._averages() or self._trainables(), step), step, loss)
+        captured = State()
+        with self._captured(captured) as is_main:
+            if not is_main:
+                return None
+            step, loss = state.validation[-1]
+            kept_step, kept_loss = read_best(self._run) or (0, math.inf)
+            # A resumed run has forgotten the event of a step that it repeats, so it writes that step again.
+            if not loss < kept_loss and step != kept_step:
+                return None
+            save_best(self._run, self._plan.export(captured.ema or captured.trainables, step), step, loss)
         event = {"event": "best", "step": step, "loss": loss}
         self._run.log(event)
         return event
@@ -108,12 +132,14 @@ class Checkpointer:
     def save_after_error(self, state: State, has_ended: bool) -> None:
         """Save before an error ends the run. Log a failure to save, so that the user sees the first error.
 
-        If the step has updated only some of the weights, keep the last save: such weights belong to no step.
+        If the step has updated only some of the weights, keep the last save: such weights belong to no step. Also keep
+        it if the trained weights are sharded: no process waits to serve its shards.
 
         Args:
             has_ended: an early stop was due after this step, so the run must not go on when it is resumed.
         """
-        if state.step <= self.saved_step or self._updater.step_in_progress or not self._host.group.is_main:
+        cannot = self._plan.shards is not None or self._updater.step_in_progress
+        if state.step <= self.saved_step or cannot or not self._host.group.is_main:
             return
         try:
             self.save(state)
@@ -126,14 +152,28 @@ class Checkpointer:
     def _capture(self, state: State) -> None:
         """Put the live tensors into the state. They are not copied: full fine-tuning has no memory for a copy."""
         plan = self._plan
-        state.trainables, state.ema = self._trainables(), self._averages()
+        state.trainables, state.ema = plan.values(), self._averages()
         state.constants = {name: tensor.detach() for name, tensor in plan.constants.items()}
         state.optimizer, state.groups, state.scaler = self._updater.state_of()
         if plan.recipe.ema_decay:
             state.ema_updates = self._average.updates
+        if plan.shards is not None:
+            self._publish(state)
 
-    def _trainables(self) -> dict[str, torch.Tensor]:
-        return {name: parameter.detach() for name, parameter in self._plan.trainables.items()}
+    def _publish(self, state: State) -> None:
+        """Replace the shards of averages and optimizer by whole tensors. All processes publish the same ones."""
+        shards = self._plan.shards
+        rows = [(name, state.ema, name) for name in state.ema]
+        for name, slots in self._by_name(state.optimizer):
+            rows += [(name, slots, slot) for slot, value in slots.items() if shards.is_shard(name, value)]
+        wholes = shards.publish([(name, held[key]) for name, held, key in rows])
+        for (_, held, key), whole in zip(rows, wholes, strict=True):
+            held[key] = whole
+
+    def _by_name(self, slots: dict[int, dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (name of the trainable, its optimizer state)."""
+        names = [name for group in self._plan.all_groups() for name in group.names]
+        return ((names[place], kept) for place, kept in slots.items())
 
     def _averages(self) -> dict[str, torch.Tensor]:
         average = self._average

@@ -91,11 +91,12 @@ class _Trainer:
         self._oom = OOMFallback(plan, run, host, self._updater.in_backward)
         self._average = self._optimizer.average(self._updater.optimizer, self._parameters)
         if recipe.ema_decay:
-            self._average = MovingAverage(recipe.ema_decay)
+            self._average = MovingAverage(recipe.ema_decay, in_place=plan.shards is not None)
         self._checkpointer = Checkpointer(plan, run, host, self._updater, self._average)
         report_idle(group, recipe.batch_size * recipe.accumulation)
         group.all_reduce()
-        group.broadcast([*self._parameters, *plan.constants.values()])
+        if plan.shards is None:
+            group.broadcast([*self._parameters, *plan.constants.values()])
         self._checkpointer.restore(state)
         share_inputs(plan, host, state.batches)
         self._lr_factor = lr_factor(recipe.schedule, ScheduleShape.of(recipe))
@@ -280,12 +281,12 @@ class _Trainer:
         with averaged(self._average, self._parameters), group.main_process_only() as is_main:
             if is_main:
                 losses = self._oom.run(_validation_losses, group.reset_after_failure, state.step, self._host)
-        if not group.is_main:
-            return
-        loss, accuracy = float(losses.mean()), accuracy_of(self._plan, losses.flatten().tolist())
-        state.validation.append((state.step, loss))
-        events = [{"event": "validation", "step": state.step, "loss": loss, **accuracy}]
-        self._run.log(events[0])
+        events = []
+        if group.is_main:
+            loss, accuracy = float(losses.mean()), accuracy_of(self._plan, losses.flatten().tolist())
+            state.validation.append((state.step, loss))
+            events.append({"event": "validation", "step": state.step, "loss": loss, **accuracy})
+            self._run.log(events[0])
         if self._plan.recipe.keep_best == "on":
             events += filter(None, [self._checkpointer.save_best(state)])
         for event in events:

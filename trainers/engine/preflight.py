@@ -108,7 +108,7 @@ def check_packages(recipe: Recipe, is_sharded: bool) -> None:
 
     OPTIMIZERS[recipe.optimizer].load(recipe)
     if is_sharded:
-        check_shards()
+        check_shards(METHODS[recipe.method].in_backward)
     if recipe.tensorboard == "on":
         tensorboard.load()
 

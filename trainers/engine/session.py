@@ -19,7 +19,7 @@ from ..formats.metadata import source_of
 from ..methods import METHODS, textual_inversion
 from ..optimizers import OPTIMIZERS
 from ..preprocessing.prepare import Prepared, prepare
-from ..recipe.options import HYBRID, SHARDED
+from ..recipe.options import SHARDED
 from ..runs import earlier, tensorboard
 from ..runs.checkpoint import State
 from ..runs.folders import Products
@@ -234,7 +234,7 @@ class _Session:
 
     @property
     def is_sharded(self) -> bool:
-        """Report whether the frozen weights are sharded over several processes."""
+        """Report whether weights are sharded over several processes."""
         return self.recipe.shard in SHARDED and self.host.group.world_size > 1
 
 
@@ -257,6 +257,7 @@ def _train(session: _Session, state: State) -> Result:
     # Import here: the loop imports torch, which nodes that only describe datasets do not need.
     from .kept import Kept, keep_tree, take_tree
     from .loop import train
+    from .placement import place_weights
     from .preflight import check_gradients, check_keys, check_packages
 
     recipe, host, run = session.recipe, session.host, session.run
@@ -275,8 +276,8 @@ def _train(session: _Session, state: State) -> Result:
             # Before a run that starts over is cleared.
             check_keys(plan, host)
         _write_run(session, plan, state.step, _facts(session, prepared, block_count))
-        _place_weights(session, plan)
-        if state.step == 0:
+        plan = place_weights(plan, run, host, session.modules.read_later())
+        if state.step == 0 and plan.shards is None:
             check_gradients(plan, host)
         writes_events = recipe.tensorboard == "on" and host.group.is_main
         with tensorboard.writing(run, state.step) if writes_events else nullcontext():
@@ -344,25 +345,6 @@ def _write_run(session: _Session, plan: Plan, step: int, facts: dict[str, Any]) 
     run.forget_halt()
 
 
-def _place_weights(session: _Session, plan: Plan) -> None:
-    """Offload or shard the frozen weights as the recipe says."""
-    from .oom_fallback import offload_blocks
-
-    recipe, host = session.recipe, session.host
-    if recipe.offload == "on":
-        # Offload before the first forward: until now, the blocks' weights are not on the device.
-        description = offload_blocks(plan, session.run, host)
-        log.info("Graft: %s.", description or "offload is on, but no weights are frozen")
-    if session.is_sharded:
-        # An adapter has a gradient in every pass. An embedding alone has one only if the caption contains it.
-        keep = [*plan.trainables.values(), *session.modules.read_later()]
-        needs_grad = not METHODS[recipe.method].trains_model
-        host.group.shard(host.denoiser.module, keep, needs_input_grad=needs_grad, hybrid=recipe.shard == HYBRID)
-        host.denoiser.make_room(weights=True)
-    elif recipe.shard in SHARDED:
-        log.info("Graft: shard is set, but only one process trains: it holds all weights.")
-
-
 def _export_finished(session: _Session, state: State) -> Result:
     """Return the result of a finished run."""
     recipe, modules = session.recipe, session.modules
@@ -380,9 +362,9 @@ def _result(session: _Session, state: State, resumed_from: int, left_out: tuple[
     # Free the optimizer state, which is saved on disk: the difference of a full fine-tune may need the memory.
     state.optimizer = {}
     values = state.ema or state.trainables
-    # Only the main process has values to export.
-    products = session.export(values, state.step) if values else Products()
-    adapter = products.adapter.taken() if isinstance(products.adapter, LazyAdapter) else products.adapter
+    with session.host.group.main_process_only() as is_main:
+        products = session.export(values, state.step) if is_main else Products()
+        adapter = products.adapter.taken() if isinstance(products.adapter, LazyAdapter) else products.adapter
     return Result(
         adapter=adapter,
         embedding=products.embedding,

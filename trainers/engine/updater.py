@@ -22,7 +22,7 @@ from ..steps.pending_step import PendingNumbers, StepLosses
 from .oom_fallback import trees_of
 
 if TYPE_CHECKING:
-    from ..protocols import Host
+    from ..protocols import Group, Host
     from ..steps.plan import Plan
 
 # Mean size of a trainable up to which one CPU thread is fastest: it is done before a second thread wakes up.
@@ -58,18 +58,25 @@ class ParameterUpdater:
         numbers = sum(parameter.numel() for parameter in self._parameters)
         self._are_small = numbers <= _SMALL * len(self._parameters)
         self._scaler = _loss_scaler(host)
-        # With several processes, the gradient is known only after the all-reduce.
+        # With several processes, the gradient is known only after the all-reduce. FSDP2 sums shards in the backward.
         alone = host.group.world_size == 1
-        self.in_backward = alone and kind.per_parameter and not self._scaler.is_enabled() and _is_one_backward(plan)
+        self.in_backward = kind.per_parameter and not self._scaler.is_enabled() and _is_one_backward(plan, host.group)
         half = any(parameter.dtype.itemsize < 4 for parameter in self._parameters)
         groups = parameter_groups(plan.all_groups(), plan.trainables, recipe)
         if self.in_backward or half:
-            names = {parameter: name for name, parameter in plan.trainables.items()}
+            # Each shard rounds with noise of its own.
+            own = f"/{host.group.rank}" if plan.shards is not None else ""
+            names = {parameter: name + own for name, parameter in plan.trainables.items()}
             self.optimizer = PerParameterOptimizer(kind, groups, names, recipe)
         else:
             self.optimizer = kind.make(groups, recipe)
         self.masks = self._can_mask(host)
-        self._reducer = host.group.reducer(self._in_forward_order(host), recipe.communication == HALF)
+        self._reducer = (
+            host.group.reducer(self._in_forward_order(host), recipe.communication == HALF)
+            if plan.shards is None
+            else plan.shards.reducer()
+        )
+        self._sums = host.group.sum_numbers if plan.shards is not None else None
         self._norms: dict[torch.nn.Parameter, torch.Tensor] = {}
         self._highest = math.inf
         self._rests = False
@@ -77,7 +84,9 @@ class ParameterUpdater:
         if not alone and recipe.compile == "off":
             # Compiled blocks take no hooks.
             self._hooks = cast_by_block(trees_of(plan, host), blocks_of)
-        if self.in_backward:
+        if self.in_backward and plan.shards is not None:
+            self._hooks = plan.shards.step_in_backward(self._move)
+        elif self.in_backward:
             self._hooks = [parameter.register_post_accumulate_grad_hook(self._move) for parameter in self._parameters]
 
     def _in_forward_order(self, host: Host) -> list[torch.nn.Parameter]:
@@ -110,6 +119,9 @@ class ParameterUpdater:
         # A loss that is not finite or too high must not update anything. The loop rejects or skips the step later.
         if self.in_backward:
             value = float(loss.detach())
+            if self._sums is not None:
+                # Each process has one backward, in which all of them take part.
+                (value,) = self._sums(value)
             if not math.isfinite(value) or value > self._highest:
                 return
         with self._reducer.last_backward() if is_last else nullcontext():
@@ -149,10 +161,27 @@ class ParameterUpdater:
         """Return the norm of the gradient, or the norms of its parts if they were used within the backward."""
         if self.in_backward:
             parts = [self._norms[parameter] for parameter in self._parameters if parameter in self._norms]
-            return torch.stack([part.to(parts[0].device) for part in parts]) if parts else torch.zeros(0)
+            norms = torch.stack([part.to(parts[0].device) for part in parts]) if parts else torch.zeros(0)
+            return norms if self._sums is None else self._norm_over_group(norms.norm()).reshape(1)
         self._scaler.unscale_(self.optimizer)
         limit = self._limit if self._limit > 0 else math.inf
+        if self._sums is not None:
+            return self._clip_shards(limit)
         return torch.nn.utils.clip_grad_norm_(self._parameters, limit).reshape(1)
+
+    def _clip_shards(self, limit: float) -> torch.Tensor:
+        """Clip to the norm over all processes, and let all of them skip the step if one finds an infinite gradient."""
+        own = torch.nn.utils.get_total_norm([shard.grad for shard in self._parameters if shard.grad is not None])
+        if self._scaler.is_enabled():
+            for found in self._scaler._found_inf_per_device(self.optimizer).values():
+                found.fill_(float(self._sums(float(found))[0] > 0))
+        norm = self._norm_over_group(own)
+        torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
+        return norm.reshape(1)
+
+    def _norm_over_group(self, own: torch.Tensor) -> torch.Tensor:
+        """Return the norm of all shards from that of this process's."""
+        return torch.tensor(math.sqrt(self._sums(float(own) ** 2)[0]))
 
     def skip(self) -> None:
         """Discard the gradients of a step that updates nothing."""
@@ -271,9 +300,13 @@ def _loss_scaler(host: Host):
     return torch.amp.GradScaler(host.denoiser.device.type, enabled=half)
 
 
-def _is_one_backward(plan: Plan) -> bool:
+def _is_one_backward(plan: Plan, group: Group) -> bool:
     """Return True if the plan asks for updates in the backward, and each step is one backward without clipping."""
     recipe = plan.recipe
-    whole = recipe.accumulation == 1 and not 0 < recipe.micro_batch < recipe.batch_size
+    if plan.shards is not None:
+        # Sharded weights compute pictures one at a time.
+        whole = recipe.accumulation * recipe.batch_size <= group.world_size
+    else:
+        whole = group.world_size == 1 and recipe.accumulation == 1 and not 0 < recipe.micro_batch < recipe.batch_size
     clipped = recipe.max_grad_norm > 0
     return plan.in_backward and whole and not clipped and not any(item.has_prior_target for item in plan.train)

@@ -9,7 +9,7 @@ from ..errors import SettingsError
 from ..families import TARGET_PRESETS, family_of
 from ..methods import ADAPTERS, METHODS, textual_inversion
 from ..optimizers import OPTIMIZERS, SCHEDULES
-from ..recipe.options import AS_IT_IS, OPTIONS, RECIPE_OPTIONS, SHARDED, TEXT_ALONE
+from ..recipe.options import AS_IT_IS, HALF, HYBRID, OPTIONS, RECIPE_OPTIONS, SHARDED, TEXT_ALONE
 
 if TYPE_CHECKING:
     from ..option import Option
@@ -233,17 +233,36 @@ def _check_shard(recipe: Recipe) -> None:
     if recipe.shard not in SHARDED:
         return
     if METHODS[recipe.method].in_backward:
-        raise SettingsError(
-            f"shard is {recipe.shard}, but this node trains all weights, and Graft can shard only frozen weights.",
-            "Set shard in Graft Memory Options to off, or train a LoRA.",
-            "options",
-        )
+        _check_trained_shards(recipe)
     if recipe.offload == "on":
         raise SettingsError(
             f"shard is {recipe.shard} and offload is on, but Graft can only do one of them with frozen weights.",
             "Set one of them in Graft Memory Options to off.",
             "options",
         )
+
+
+def _check_trained_shards(recipe: Recipe) -> None:
+    names = ", ".join(name for name, optimizer in OPTIMIZERS.items() if optimizer.elementwise)
+    refused = {
+        "shard is hybrid": (recipe.shard == HYBRID, "Set shard in Graft Memory Options to on."),
+        f"{recipe.optimizer} needs whole weights": (
+            not OPTIMIZERS[recipe.optimizer].elementwise,
+            f"In Graft Optimizer Options choose one of {names}.",
+        ),
+        "the text encoder or an embedding is trained too": (
+            recipe.live_text,
+            "Train neither of them, or set shard in Graft Memory Options to off.",
+        ),
+        "communication is bf16": (recipe.communication == HALF, "Leave it unset in Graft Run Options."),
+        "gradient_check is on": (recipe.gradient_check == "on", "Leave it unset, or check with one process."),
+        "compile is on": (recipe.compile == "on", "Set compile in Graft Memory Options to off."),
+    }
+    for what, (applies, cure) in refused.items():
+        if applies:
+            raise SettingsError(
+                f"{what}, but this node trains all weights in shards (shard in Graft Memory Options).", cure, "options"
+            )
 
 
 def _check_base_dtype(recipe: Recipe) -> None:

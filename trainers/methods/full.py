@@ -132,6 +132,18 @@ class FullFineTune(Method):
             for owner, leaf, trained in held:
                 owner._parameters[leaf] = trained
 
+    @contextmanager
+    def base_apart(self, module: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
+        """Keep the frozen weights out of the module in the block, so that they stay where they are; yield them."""
+        rows = list(_frozen_of(module))
+        for _, owner, leaf, _ in rows:
+            del owner._buffers[_FROZEN + leaf]
+        try:
+            yield {_joined(path, leaf): frozen for path, _, leaf, frozen in rows}
+        finally:
+            for _, owner, leaf, frozen in rows:
+                owner.register_buffer(_FROZEN + leaf, frozen, persistent=False)
+
     def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
         """Group the trainables by the learning rate of their block."""
         rates: dict[float, list[str]] = {}

@@ -24,10 +24,16 @@ class MovingAverage:
         updates: number of updates so far.
     """
 
-    def __init__(self, decay: float):
+    def __init__(self, decay: float, in_place: bool = False):
+        """Make an average.
+
+        Args:
+            in_place: the trainables are views, so `copy_to` changes their values and keeps a copy of them.
+        """
         self.shadow_params: list[torch.Tensor] = []
         self.updates = 0
         self._decay = decay
+        self._in_place = in_place
         self._kept: list[torch.Tensor] = []
 
     def step(self, parameters: list, skip: torch.Tensor | None = None) -> None:
@@ -76,14 +82,20 @@ class MovingAverage:
     def copy_to(self, parameters: list) -> None:
         """Put the averages into the trainables."""
         for parameter, average in zip(parameters, self.shadow_params, strict=True):
-            self._kept.append(parameter.data)
-            parameter.data = average.to(parameter.dtype)
+            self._kept.append(parameter.detach().clone() if self._in_place else parameter.data)
+            self._put(average.to(parameter.dtype), parameter)
 
     def restore(self, parameters: list) -> None:
         """Put the trainables' own values back."""
         for parameter, kept in zip(parameters, self._kept, strict=True):
-            parameter.data = kept.to(parameter.device)
+            self._put(kept.to(parameter.device), parameter)
         self._kept = []
+
+    def _put(self, value: torch.Tensor, parameter: torch.nn.Parameter) -> None:
+        if self._in_place:
+            parameter.detach().copy_(value)
+        else:
+            parameter.data = value
 
 
 def _chunks(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:

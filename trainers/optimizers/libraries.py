@@ -20,7 +20,7 @@ class LibraryOptimizer(Optimizer):
         module: that holds the class.
         name: of the class.
         betas: of the class; none if it has none. Those after the second keep these values.
-        rate_factor, learning_rate, per_parameter: see `Optimizer`.
+        rate_factor, learning_rate, per_parameter, elementwise: see `Optimizer`.
     """
 
     weight_decay = 0.0
@@ -34,11 +34,13 @@ class LibraryOptimizer(Optimizer):
         rate_factor: float = 1.0,
         learning_rate: float | None = None,
         per_parameter: bool = True,
+        elementwise: bool = False,
     ):
         self._package, self._module, self._name = package, module, name
         self.beta1, self.beta2 = betas[:2] if betas else (0.0, 0.0)
         self._betas = betas
-        self.rate_factor, self.learning_rate, self.per_parameter = rate_factor, learning_rate, per_parameter
+        self.rate_factor, self.learning_rate = rate_factor, learning_rate
+        self.per_parameter, self.elementwise = per_parameter, elementwise
 
     def load(self, recipe):
         return self._class(self._name)

@@ -79,6 +79,8 @@ class Optimizer:
         per_parameter: whether the update of a parameter depends on that parameter's gradient alone, so that it can run
             before the next gradient is ready.
         slots: minimum number of state values per trained number.
+        elementwise: whether the update of a number depends on that number's gradient alone, so that each process can
+            update its shard of a parameter.
         averages: whether the optimizer itself keeps an average of the parameters.
     """
 
@@ -89,6 +91,7 @@ class Optimizer:
     beta2 = 0.999
     per_parameter = True
     slots = 0
+    elementwise = False
     averages = False
 
     def load(self, recipe: Recipe) -> type[torch.optim.Optimizer]:

@@ -11,6 +11,7 @@ class AdamW(Optimizer):
     """AdamW (Loshchilov & Hutter 2019), from torch."""
 
     slots = 2
+    elementwise = True
 
     def load(self, recipe):
         import torch
@@ -168,6 +169,7 @@ class Lion(Optimizer):
     rate_factor = 1 / 3
     weight_decay = 0.03
     beta2 = 0.99
+    elementwise = True
 
     def load(self, recipe):
         with needs("lion-pytorch"):
@@ -255,8 +257,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "CAME": CAME(),
     "AdamWScheduleFree": AdamWScheduleFree(),
     "RAdamScheduleFree": RAdamScheduleFree(),
-    "RAdam": LibraryOptimizer("torch", "torch.optim", "RAdam"),
-    "SGD": LibraryOptimizer("torch", "torch.optim", "SGD", betas=(), rate_factor=1000.0),
+    "RAdam": LibraryOptimizer("torch", "torch.optim", "RAdam", elementwise=True),
+    "SGD": LibraryOptimizer("torch", "torch.optim", "SGD", betas=(), rate_factor=1000.0, elementwise=True),
     "Lion8bit": LibraryOptimizer(
         "bitsandbytes", "bitsandbytes.optim", "Lion8bit", betas=(0.9, 0.99), rate_factor=1 / 3
     ),

@@ -58,9 +58,11 @@ class State:
 
 
 def write_state(path: str, state: State) -> None:
-    """Write a state atomically, as a safetensors file that keeps everything but tensors in its metadata."""
-    import torch
+    """Write a state atomically, as a safetensors file that keeps everything but tensors in its metadata.
 
+    Args:
+        state: its tensors may also be `WholeTensor`s, which are gathered one after the other.
+    """
     tensors = {}
     for group in ("trainables", "ema", "constants"):
         for name, tensor in getattr(state, group).items():
@@ -68,7 +70,7 @@ def write_state(path: str, state: State) -> None:
     numbers: dict[str, dict[str, Any]] = {}
     for index, slots in state.optimizer.items():
         for name, value in slots.items():
-            if torch.is_tensor(value):
+            if hasattr(value, "shape"):
                 tensors[f"optimiser/{index}/{name}"] = value
             else:
                 numbers.setdefault(str(index), {})[name] = value

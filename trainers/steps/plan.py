@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .. import protocols
+    from ..distributed.trained_shards import TrainedShards
     from ..formats.embedding import Embedding
     from ..preprocessing.prefetch import Batch
     from ..preprocessing.preview_sources import PreviewInput
@@ -82,6 +83,7 @@ class Plan:
         constants: tensors of the tree that are not trained, but that a resumed run must restore.
         after_step: called after every optimizer step that was not left out; applies the method's limits.
         in_backward: step the optimizer within the backward if the result is the same.
+        shards: the trainables are shards of the model's weights; None if they are whole.
         prefetch: fetch the next batch while the device computes this one. Two threads then call `DatasetItem.show`.
     """
 
@@ -98,6 +100,7 @@ class Plan:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
     after_step: Callable[[], None] = lambda: None
     in_backward: bool = False
+    shards: TrainedShards | None = None
     prefetch: bool = True
 
     def all_groups(self) -> Sequence[Group]:
@@ -135,7 +138,13 @@ class Plan:
 
     def products(self, step: int) -> Products:
         """Export the trainables as they are now."""
-        return self.export({name: parameter.detach() for name, parameter in self.trainables.items()}, step)
+        return self.export(self.values(), step)
+
+    def values(self) -> dict[str, torch.Tensor]:
+        """Return the trainables' values, not copied; of shards those that `TrainedShards.whole` gathers."""
+        if self.shards is not None:
+            return self.shards.whole()
+        return {name: parameter.detach() for name, parameter in self.trainables.items()}
 
     def samples(self, batch: Batch) -> list[Sample]:
         """Return the samples of a batch."""
