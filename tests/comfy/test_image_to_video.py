@@ -274,7 +274,7 @@ def test_gradients_with_a_first_frame_are_those_of_finite_differences(node):
 
 
 @every_node
-def test_a_batch_of_clips_with_and_without_a_first_frame_is_their_mean(node):
+def test_a_batch_of_clips_with_and_without_a_first_frame_is_predicted_row_by_row(node):
     with training_of(node, spread=0.1, first=(True, False)) as training:
         plan, host = training.plan, training.host
         both = fixed_losses(plan.train, plan.recipe, host)
@@ -400,6 +400,46 @@ class Clips:
 
     def spacial_compression_encode(self):
         return self._factor
+
+
+def ltx_network():
+    """Return a small network of LTX-Video's VAE."""
+    from comfy.ldm.lightricks.vae.causal_video_autoencoder import VideoVAE
+
+    blocks = [["compress_all", 1]] * 3
+    config = {"dims": 3, "in_channels": 3, "out_channels": 3, "latent_channels": 128, "scaling_factor": 1.0}
+    config |= {"blocks": blocks, "encoder_blocks": blocks, "decoder_blocks": blocks, "norm_layer": "pixel_norm"}
+    config |= {"_class_name": "CausalVideoAutoencoder", "patch_size": 4, "latent_log_var": "uniform"}
+    network = VideoVAE(config=config | {"use_quant_conv": False, "causal_decoder": False})
+    with torch.no_grad():
+        for statistics in network.buffers():
+            statistics.fill_(1.0)
+    return network
+
+
+def wan22_network():
+    """Return a small network of Wan 2.2's VAE."""
+    from comfy.ldm.wan.vae2_2 import WanVAE
+
+    shape = {"dim_mult": [1, 2, 4, 4], "num_res_blocks": 1, "temperal_downsample": [False, True, True]}
+    return WanVAE(dim=16, dec_dim=16, z_dim=48, **shape)
+
+
+@pytest.mark.parametrize("build, frames, side", [(ltx_network, 17, 64), (wan22_network, 9, 32)])
+def test_the_first_latent_of_a_clip_is_that_of_its_first_picture(build, frames, side):
+    """So a clip's own latent holds what ComfyUI's nodes encode. Wan 2.1's VAE, which Cosmos shares, is tested below."""
+    network = build()
+    models.randomize(network, 0)
+    pixels = 2 * torch.rand(1, 3, frames, side, side, generator=torch.Generator().manual_seed(1)) - 1
+    with torch.no_grad():
+        clip, picture, last = (
+            network.encode(pixels),
+            network.encode(pixels[:, :, :1]),
+            network.encode(pixels[:, :, -1:]),
+        )
+    assert clip.shape[2] == 3 and picture.shape[2] == 1
+    assert models.distance(clip[:, :, :1], picture) <= 1e-5
+    assert models.distance(clip[:, :, :1], last) > 1e-2
 
 
 CLIPS = IN_LATENT["Cosmos-Predict2"]
