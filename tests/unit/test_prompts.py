@@ -46,6 +46,7 @@ DOCUMENTED = {
         1,
     ),
     "a cat --g 3.5": Prompt("a cat", guidance=3.5),
+    "a cat --W 512 --h 768 --N Blurry --S 8": Prompt("a cat", "Blurry", 512, 768, 8),
     "a cat": Prompt("a cat"),
     "  a cat\t--s  30 ": Prompt("a cat", steps=30),
     "--n blurry": Prompt("", negative="blurry"),
@@ -71,6 +72,7 @@ def test_comments_and_empty_lines_are_no_prompts():
     "line, words",
     [
         ("a cat --ar 16", "Unknown flag --ar in line 3"),
+        ("a cat --AR 16", "Unknown flag --ar in line 3"),
         ("a cat --w wide", "--w in line 3 is 'wide'. Write a whole number between 64 and 8192"),
         ("a cat --w 512.5", "Write a whole number"),
         ("a cat --h 8", "--h in line 3 is '8'"),

@@ -24,8 +24,8 @@ _CONSTANTS = {"true": True, "false": False, "none": None}
 # Each pattern is searched for in the path of each layer, so their number is limited.
 _MOST = 256
 
-# A prompt's flag: white space, two hyphens and lower-case letters, then white space or the end of the line.
-_FLAG = re.compile(r"(?:^|(?<=\s))--([a-z]+)(?=\s|$)")
+# A prompt's flag: white space, two hyphens and letters of any case, then white space or the end of the line.
+_FLAG = re.compile(r"(?:^|(?<=\s))--([A-Za-z]+)(?=\s|$)")
 _SIDES = (64, 8192)
 
 
@@ -253,7 +253,7 @@ def text_of(line: str) -> str:
 def _parse(line: str, place: str) -> Prompt:
     text, *flags = (part.strip() for part in _FLAG.split(line))
     prompt = Prompt(text)
-    for flag, value in zip(flags[::2], flags[1::2], strict=True):
+    for flag, value in zip(map(str.lower, flags[::2]), flags[1::2], strict=True):
         if flag == "n":
             prompt = replace(prompt, negative=value)
         elif flag in _NUMBERS:
