@@ -78,7 +78,7 @@ def _one(name: str, steps: int, folder: str) -> dict[str, int]:
 
 def _train(model: str, settings: dict, folder: Path, resumed: bool, group) -> dict[str, int]:
     import torch
-    from graft_pack.trainers.engine.placement import place_weights
+    from graft_pack.trainers.engine.oom_fallback import place_weights
     from graft_pack.trainers.memory.tracking import bytes_of
 
     from tests.support import models

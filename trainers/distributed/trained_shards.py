@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import GraftError, ModelError, SettingsError
+from ..errors import ModelError, SettingsError
 from ..process_group import GradientReducer
 
 if TYPE_CHECKING:
@@ -50,19 +50,12 @@ class TrainedShards:
     """This process's shards of the trained weights.
 
     Attributes:
-        parameters: the shards by name, views of FSDP2's own: change them in place. Shorter dimensions may be empty.
+        parameters: the shards by name, views of FSDP2's own: change them in place. A shard may be empty.
         shapes: shapes of the whole weights.
     """
 
     def __init__(self, weights: ShardedWeights, places: Mapping[str, Sequence[Place]]):
-        """Take the shards from a tree that FSDP2 has sharded.
-
-        Args:
-            places: modules that hold each weight.
-
-        Raises:
-            ModelError: FSDP2 has not sharded a weight, or not as one.
-        """
+        """Take the shards of the weights in these places. Raise ModelError if FSDP2 has not sharded one."""
         from torch.distributed.tensor import DTensor
 
         self._weights = weights
@@ -71,7 +64,7 @@ class TrainedShards:
             weight, *others = [owner._parameters[leaf] for owner, leaf in held]
             if not isinstance(weight, DTensor) or any(other is not weight for other in others):
                 raise ModelError(
-                    f"The model's weight {name} is a single number, or several blocks share it: Graft cannot shard it.",
+                    f"Graft cannot shard the weight {name}, which several blocks share.",
                     "Set shard in Graft Memory Options to off.",
                     "options",
                 )
@@ -108,18 +101,9 @@ class TrainedShards:
         return {name: self._whole(number) for number, name in enumerate(self.parameters)}
 
     def publish(self, shards: Sequence[tuple[str, torch.Tensor]]) -> list[WholeTensor]:
-        """Return other shards as whole tensors, in place of those published before. All processes call it alike.
-
-        Args:
-            shards: (name of the trained weight, tensor of its shard's shape).
-
-        Raises:
-            GraftError: the processes have different ones, because one of them alone has never used a weight.
-        """
-        if self._weights.group.all_reduce(len(shards)) != len(shards) * self._weights.shares:
-            raise GraftError(
-                "The processes have trained different weights.", "Set shard in Graft Memory Options to off.", "options"
-            )
+        """Return other shards (weight's name, tensor) whole, in place of those before. All processes call it."""
+        total = self._weights.group.all_reduce(len(shards))
+        assert total == len(shards) * self._weights.shares, "the processes have trained different weights"
         start = len(self.parameters)
         self._published[start:] = shards
         return [self._whole(number) for number in range(start, len(self._published))]
@@ -159,19 +143,11 @@ class TrainedShards:
 
     @contextmanager
     def replaced(self, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-        """Let the tree compute with other weights in the block.
-
-        Args:
-            values: whole weights by name.
-
-        Raises:
-            SettingsError: the trained weights' dtype cannot hold them.
-        """
+        """Let the tree compute with other whole weights in the block. Raise SettingsError if it cannot hold them."""
         rows = [(shard.detach(), values[name], name) for name, shard in self.parameters.items()]
         if any(torch.promote_types(shard.dtype, value.dtype) != shard.dtype for shard, value, _ in rows):
             raise SettingsError(
-                "weight_dtype is bf16 and shard is on, but the prediction of the frozen base needs more precise "
-                "weights.",
+                "shard is on, but the frozen base, which the loss compares with, is more precise than bf16.",
                 "Set weight_dtype in Graft Adapter Options to fp32.",
                 "weight_dtype",
             )

@@ -96,10 +96,7 @@ class Checkpointer:
 
     @contextmanager
     def _captured(self, state: State) -> Iterator[bool]:
-        """Capture the live tensors and let the main process write them in the block: it gets True.
-
-        The other processes skip the block. If the trained weights are sharded, they serve their shards meanwhile.
-        """
+        """Capture the live tensors. Yield True in the main process, which writes them; others serve their shards."""
         shards, group = self._plan.shards, self._host.group
         if shards is not None or group.is_main:
             self._capture(state)

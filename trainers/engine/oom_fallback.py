@@ -1,11 +1,12 @@
-"""Fallbacks after an out-of-memory error, cheapest first. Each costs time. None of them changes the result."""
+"""Placement of the weights, and fallbacks after an out-of-memory error, cheapest first. None changes the result."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from ..memory.offload import Tree, list_frozen, offload_trees
 from ..memory.oom import in_one_line, is_out_of_memory
 from ..memory.quantization import saved_by_nf4
 from ..methods import METHODS
-from ..recipe.options import AS_IT_IS, NF4
+from ..recipe.options import AS_IT_IS, HYBRID, NF4, SHARDED
 from ..steps.step import crop_sample, loss_terms, micro_batches
 
 if TYPE_CHECKING:
@@ -57,6 +58,32 @@ def offload_blocks(plan: Plan, run: Run, host: Host) -> str | None:
         return None
     host.denoiser.make_room(weights=True)
     return f"offloaded the frozen weights of {count} blocks ({size / 1e6:.0f} MB)"
+
+
+def place_weights(plan: Plan, run: Run, host: Host, read_later: Sequence[nn.Parameter] = ()) -> Plan:
+    """Offload or shard the weights as the recipe says, but not `read_later`. Return the plan, perhaps with shards."""
+    recipe = plan.recipe
+    if recipe.offload == "on":
+        # Offload before the first forward: until now, the blocks' weights are not on the device.
+        description = offload_blocks(plan, run, host)
+        log.info("Graft: %s.", description or "offload is on, but no weights are frozen")
+    if recipe.shard not in SHARDED:
+        return plan
+    if host.group.world_size == 1:
+        log.info("Graft: shard is set, but only one process trains: it holds all weights.")
+        return plan
+    method, tree = METHODS[recipe.method], host.denoiser.module
+    if method.in_backward:
+        # The frozen weights stay off the device: only exports and predictions of the base read them.
+        with method.base_apart(tree) as base:
+            shards = host.group.shard(tree, read_later, False, False, trained=plan.trainables)
+        plan = replace(plan, shards=shards, switched_off=partial(shards.replaced, base))
+    else:
+        # An adapter has a gradient in every pass. An embedding alone has one only if the caption contains it.
+        keep, needs_grad = [*plan.trainables.values(), *read_later], not method.trains_model
+        host.group.shard(tree, keep, needs_input_grad=needs_grad, hybrid=recipe.shard == HYBRID)
+    host.denoiser.make_room(weights=True)
+    return plan
 
 
 class OOMFallback:

@@ -257,7 +257,7 @@ def _train(session: _Session, state: State) -> Result:
     # Import here: the loop imports torch, which nodes that only describe datasets do not need.
     from .kept import Kept, keep_tree, take_tree
     from .loop import train
-    from .placement import place_weights
+    from .oom_fallback import place_weights
     from .preflight import check_gradients, check_keys, check_packages
 
     recipe, host, run = session.recipe, session.host, session.run

@@ -250,10 +250,7 @@ def _check_trained_shards(recipe: Recipe) -> None:
             not OPTIMIZERS[recipe.optimizer].elementwise,
             f"In Graft Optimizer Options choose one of {names}.",
         ),
-        "the text encoder or an embedding is trained too": (
-            recipe.live_text,
-            "Train neither of them, or set shard in Graft Memory Options to off.",
-        ),
+        "the text encoder or an embedding is trained too": (recipe.live_text, "Train neither, or set shard to off."),
         "communication is bf16": (recipe.communication == HALF, "Leave it unset in Graft Run Options."),
         "gradient_check is on": (recipe.gradient_check == "on", "Leave it unset, or check with one process."),
         "compile is on": (recipe.compile == "on", "Set compile in Graft Memory Options to off."),

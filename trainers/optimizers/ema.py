@@ -25,11 +25,7 @@ class MovingAverage:
     """
 
     def __init__(self, decay: float, in_place: bool = False):
-        """Make an average.
-
-        Args:
-            in_place: the trainables are views, so `copy_to` changes their values and keeps a copy of them.
-        """
+        """Make an average; `in_place` if the trainables are views, whose data must not be swapped."""
         self.shadow_params: list[torch.Tensor] = []
         self.updates = 0
         self._decay = decay

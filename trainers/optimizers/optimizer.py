@@ -79,8 +79,7 @@ class Optimizer:
         per_parameter: whether the update of a parameter depends on that parameter's gradient alone, so that it can run
             before the next gradient is ready.
         slots: minimum number of state values per trained number.
-        elementwise: whether the update of a number depends on that number's gradient alone, so that each process can
-            update its shard of a parameter.
+        elementwise: whether the update of each number depends on that number's gradient alone.
         averages: whether the optimizer itself keeps an average of the parameters.
     """
 
