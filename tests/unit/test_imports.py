@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from graft_pack.trainers.engine.imports import reading
+from graft_pack.trainers.engine.imports import converters
 from graft_pack.trainers.engine.imports.settings import TRAINERS, WIDGETS, import_settings, recognize
 from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
 from graft_pack.trainers.errors import SettingsError
@@ -516,4 +516,4 @@ def test_toml_without_a_reader_names_the_package(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(SettingsError, match="pip install tomli"):
-        reading.parse_settings("a = 1")
+        converters.parse_settings("a = 1")

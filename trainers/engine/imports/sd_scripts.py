@@ -27,11 +27,11 @@ from .converters import (
     optimizer,
     same_as,
     shifted,
+    split_arguments,
     table,
     warmup,
     whole,
 )
-from .reading import split_arguments
 
 TABLE = table(
     trainer="learning_rate learning_rate=unet_lr steps=max_train_steps batch_size=train_batch_size rank=network_dim "

@@ -15,8 +15,7 @@ from ...recipe.options import OPTIONS
 from ...recipe.parsing import parse_arguments
 from ..resolve import Options, RecipeInputs, resolve
 from . import ai_toolkit, onetrainer, sd_scripts
-from .converters import is_off, number, typed, whole
-from .reading import CURE, flatten, parse_settings, shown
+from .converters import CURE, flatten, is_off, number, parse_settings, shown, typed, whole
 
 TRAINERS = {"sd-scripts": sd_scripts, "OneTrainer": onetrainer, "ai-toolkit": ai_toolkit}
 # (default, lowest, highest) of the trainers' widgets.
