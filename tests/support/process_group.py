@@ -188,9 +188,11 @@ def fail(group, folder, fields, rank, where="part", memory=0, after=0):
     Args:
         where: "part" (of a gradient), "validation" or "preview": in the middle of its first forward; or "bucket": in
             the backward, when it is sent. "nan": its losses are not numbers.
+            "fp16": all processes compute in fp16.
         memory: number of out-of-memory errors there; 0 for one error of that process's own.
         after: number of times that it gets through there before.
     """
+    import torch
     from graft_pack.trainers.distributed import gradient_reducer
     from graft_pack.trainers.engine import accumulation, loop
     from graft_pack.trainers.memory.autograd import blocks_of
@@ -225,6 +227,8 @@ def fail(group, folder, fields, rank, where="part", memory=0, after=0):
                 hook.remove()
 
         host.denoiser.preview = preview
+    if where == "fp16":
+        host.denoiser.compute_dtype = torch.float16
     if where == "nan" and group.rank == rank:
         terms = accumulation.loss_terms
         accumulation.loss_terms = lambda *given, watch=None: (losses * math.nan for losses in terms(*given, watch))

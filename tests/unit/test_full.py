@@ -74,7 +74,7 @@ def updaters(monkeypatch):
 def afterwards(folder, monkeypatch, **fields):
     """Run with one ordinary optimizer for all parameters."""
     with monkeypatch.context() as patch:
-        patch.setattr(updater, "_is_one_backward", lambda plan: False)
+        patch.setattr(updater, "_is_one_backward", lambda *given: False)
         return run_session(folder, **fields)
 
 

@@ -171,3 +171,9 @@ def test_error_in_one_process_ends_all_and_none_waits(where, errors, tmp_path):
     """Within a backward the others wait for it, so all processes agree on a loss before."""
     fields = {**ONE_EACH, "shard": "on"}
     assert ProcessGroup(2).run("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=1, where=where) == errors
+
+
+def test_fp16_is_refused(tmp_path):
+    fields = {**ONE_EACH, "shard": "on"}
+    answers = ProcessGroup(2).run("fail", timeout=60, folder=str(tmp_path), fields=fields, rank=1, where="fp16")
+    assert answers == ["SettingsError"] * 2

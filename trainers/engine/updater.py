@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import OutOfMemory
+from ..errors import OutOfMemory, SettingsError
 from ..lowrank.layers import cast_by_block
 from ..memory.autograd import blocks_of
 from ..memory.transfer import copies_in_queue
@@ -58,6 +58,12 @@ class ParameterUpdater:
         numbers = sum(parameter.numel() for parameter in self._parameters)
         self._are_small = numbers <= _SMALL * len(self._parameters)
         self._scaler = _loss_scaler(host)
+        if self._scaler.is_enabled() and plan.shards is not None:
+            raise SettingsError(
+                "The model computes in fp16, but this node trains all weights in shards.",
+                "Set compute_dtype in Graft Memory Options to bf16 or fp32, or shard to off.",
+                "options",
+            )
         # With several processes, the gradient is known only after the all-reduce. FSDP2 sums shards in the backward.
         alone = host.group.world_size == 1
         self.in_backward = kind.per_parameter and not self._scaler.is_enabled() and _is_one_backward(plan, host.group)
@@ -170,11 +176,8 @@ class ParameterUpdater:
         return torch.nn.utils.clip_grad_norm_(self._parameters, limit).reshape(1)
 
     def _clip_shards(self, limit: float) -> torch.Tensor:
-        """Clip to the norm over all processes, and let all of them skip the step if one finds an infinite gradient."""
+        """Clip to the norm over all processes."""
         own = torch.nn.utils.get_total_norm([shard.grad for shard in self._parameters if shard.grad is not None])
-        if self._scaler.is_enabled():
-            for found in self._scaler._found_inf_per_device(self.optimizer).values():
-                found.fill_(float(self._sums(float(found))[0] > 0))
         norm = self._norm_over_group(own)
         torch.nn.utils.clip_grads_with_norm_(self._parameters, limit, norm)
         return norm.reshape(1)
