@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 from tests.support import pack
@@ -76,14 +77,18 @@ def list_nodes():
 def describe_nodes(nodes):
     """Return the nodes' texts in the frontend's nodeDefs format.
 
-    Nodes whose ids end alike have like texts. They are near each other, since deflate looks back only 32 kB.
+    Deflate looks back only 32 kB: nodes whose ids end alike have like texts and are near each other, and the inputs
+    that most nodes have come first.
     """
+    schemas = sorted((node.define_schema() for node in nodes), key=lambda schema: schema.node_id[::-1])
+    counts = Counter(given.id for schema in schemas for given in schema.inputs)
     found = {}
-    for schema in sorted((node.define_schema() for node in nodes), key=lambda schema: schema.node_id[::-1]):
+    for schema in schemas:
+        inputs = sorted(schema.inputs, key=lambda given: -counts[given.id])
         found[schema.node_id] = {
             "display_name": schema.display_name,
             "description": schema.description,
-            "inputs": {given.id: _describe(given.display_name or given.id, given.tooltip) for given in schema.inputs},
+            "inputs": {given.id: _describe(given.display_name or given.id, given.tooltip) for given in inputs},
             "outputs": {
                 str(place): _describe(made.display_name or made.id, made.tooltip)
                 for place, made in enumerate(schema.outputs)
