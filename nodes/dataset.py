@@ -13,7 +13,7 @@ from ..trainers.data import arrays, examples, scan
 from ..trainers.data.source_images import WORSE_FOLDER
 from ..trainers.errors import DatasetError, SettingsError
 from ..trainers.video import PIECES
-from . import inputs, variation
+from . import inputs
 from .checks import checked
 from .host import dataset_folders, paths
 from .schema import CATEGORY, Dataset, LossMap, advanced, describe, named
@@ -66,7 +66,7 @@ class GraftLoadDataset(io.ComfyNode):
                 io.Int.Input(
                     "repeats", default=1, min=1, max=10000, tooltip="Number of times that an epoch visits each picture."
                 ),
-                *variation.widgets(),
+                *inputs.augmentation_inputs(),
                 inputs.choice(
                     "masks",
                     scan.MASKS,
@@ -145,7 +145,7 @@ class GraftLoadDataset(io.ComfyNode):
     validate_inputs = checked(
         folder=dataset_folders.dataset_path,
         trigger=None,
-        **variation.CHECKED,
+        **inputs.AUGMENTATION_RULES,
         masks=None,
         mask_folder=_mask_folder,
         validation_folder=None,
@@ -219,7 +219,7 @@ class GraftLoadDataset(io.ComfyNode):
                 trigger,
                 resolution,
                 repeats,
-                variation.augmentation(**varying),
+                inputs.augmentation(**varying),
                 reading,
                 paths.index_folder(),
                 counter(cls.hidden.unique_id),
@@ -246,7 +246,7 @@ class GraftDatasetFromImages(io.ComfyNode):
                 inputs.trigger(),
                 inputs.dataset_resolution(),
                 inputs.masks(),
-                *variation.widgets(),
+                *inputs.augmentation_inputs(),
                 io.Image.Input(
                     "control_images",
                     optional=True,
@@ -275,7 +275,7 @@ class GraftDatasetFromImages(io.ComfyNode):
             outputs=[Dataset.Output("dataset", display_name="dataset")],
         )
 
-    validate_inputs = checked(captions=None, trigger=None, **variation.CHECKED)
+    validate_inputs = checked(captions=None, trigger=None, **inputs.AUGMENTATION_RULES)
 
     @classmethod
     def execute(
@@ -302,7 +302,7 @@ class GraftDatasetFromImages(io.ComfyNode):
             prompts = encoded_prompts(conditioning or [])
             ways = {name: values[0] for name, values in varying.items()}
             lines = ways.get("lines_are_variants", False)
-            augmentation = variation.augmentation(**ways)
+            augmentation = inputs.augmentation(**ways)
             return io.NodeOutput(
                 arrays.from_arrays(
                     pictures, captions, trigger[0], resolution[0], weights, augmentation, lines, sources, prompts, worse

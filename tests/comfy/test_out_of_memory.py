@@ -8,9 +8,8 @@ import pytest
 import torch
 from graft_pack.trainers.engine import loop
 from graft_pack.trainers.engine.oom_fallback import OOMFallback
-from graft_pack.trainers.errors import OutOfMemory
+from graft_pack.trainers.errors import OutOfMemory, is_out_of_memory
 from graft_pack.trainers.memory import autograd, checkpointing
-from graft_pack.trainers.memory.oom import is_out_of_memory
 from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION, AS_IT_IS, EVERYTHING, FP8, NF4
 
 from tests.support import models

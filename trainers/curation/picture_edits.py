@@ -207,8 +207,8 @@ def rotate(
         listing = list_pictures(folder, name)
         columns, folders = PictureColumns(listing), paired or {}
         inputs = (*CONTROL_FOLDERS, WORSE_FOLDER)
-        found = {input: matching(folders.get(input, ""), input, "", "source", listing, columns) for input in inputs}
-        matches = {input: match for input, match in found.items() if match is not None}
+        by_input = {input: matching(folders.get(input, ""), input, "", "source", listing, columns) for input in inputs}
+        matches = {input: match for input, match in by_input.items() if match is not None}
         own = listing
         for match in matches.values():
             own = match.outside(own)

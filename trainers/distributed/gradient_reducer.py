@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import distributed
 
-from ..errors import OutOfMemory
-from ..memory.oom import in_one_line, is_out_of_memory
+from ..errors import OutOfMemory, in_one_line, is_out_of_memory
 from ..process_group import GradientReducer
 
 if TYPE_CHECKING:

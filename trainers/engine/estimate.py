@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import GraftError
+from ..errors import GraftError, in_one_line, is_out_of_memory
 from ..memory.autograd import blocks_of
 from ..memory.checkpointing import checkpointed, is_checkpointed, keeps_attention
 from ..memory.offload import is_offloaded, list_frozen
-from ..memory.oom import in_one_line, is_out_of_memory
 from ..memory.quantization import saved_by_nf4
 from ..memory.tracking import DevicePeakMemory, bytes_of
 from ..methods import METHODS

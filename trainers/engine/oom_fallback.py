@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from ..errors import OutOfMemory
+from ..errors import OutOfMemory, in_one_line, is_out_of_memory
 from ..memory.autograd import blocks_of
 from ..memory.checkpointing import checkpoint_blocks, forget_attention, is_checkpointed, keeps_attention
 from ..memory.offload import Tree, list_frozen, offload_trees
-from ..memory.oom import in_one_line, is_out_of_memory
 from ..memory.quantization import saved_by_nf4
 from ..methods import METHODS
 from ..recipe.options import AS_IT_IS, HYBRID, NF4, SHARDED

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ModelError
+from ..errors import ModelError, in_one_line, is_out_of_memory
 from ..formats.adapter import LazyAdapter
 from ..lowrank.layers import grouping, low_rank_layers
-from ..memory.oom import in_one_line, is_out_of_memory
 from ..methods import METHODS
 from ..optimizers import OPTIMIZERS
 from ..runs import tensorboard

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..data.buckets import usual_bucket
+from ..errors import in_one_line, is_out_of_memory
 from ..families import family_of
-from ..memory.oom import in_one_line, is_out_of_memory
 from ..protocols import Conditioning, PictureRequest, PreviewSkipped
 from ..recipe.parsing import read_prompts
 

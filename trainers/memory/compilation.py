@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from ..errors import in_one_line, is_out_of_memory
 from .autograd import OutOfPlace, blocks_of, out_of_place_suspended
-from .oom import in_one_line, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn

@@ -314,7 +314,7 @@ class _Together:
             RuntimeError, MemoryError: a single item fails with it.
         """
         # Import it here: it imports torch, which callers that only describe datasets do not need.
-        from ..memory.oom import is_out_of_memory
+        from ..errors import is_out_of_memory
 
         encoded: list[Encoded] = []
         size = min(len(items), self._most or len(items))

@@ -23,8 +23,7 @@ from ..runs.folders import Folders
 from ..runs.run import Run
 from ..runs.saves import list_saves
 from ..text import is_below
-from .difference import Difference, alike, check_size, common_rank, file_tensors, fitted, limited
-from .naming import on_one_naming
+from .difference import Difference, alike, check_size, common_rank, file_tensors, fitted, limited, on_one_naming
 from .relative import Weights, differences
 
 if TYPE_CHECKING:

@@ -17,9 +17,8 @@ from ..formats.keys import ALPHA, BIAS, DORA, IA3, ON_INPUT, is_text, misfit_of_
 from ..formats.kohya import has_host_magnitudes
 from ..formats.peft_config import starts_at_weight
 from ..regex import Budget
-from .difference import RELATIVE, Difference, difference
+from .difference import RELATIVE, Difference, Places, difference
 from .foreign import kind_of
-from .naming import Places
 
 if TYPE_CHECKING:
     import torch

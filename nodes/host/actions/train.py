@@ -17,11 +17,10 @@ from ....trainers.data.examples import shortened
 from ....trainers.engine.job import export_job
 from ....trainers.engine.resolve import Options, RecipeInputs, resolve, summarize
 from ....trainers.engine.session import is_finished, run_recipe
-from ....trainers.errors import OutOfMemory, SettingsError
+from ....trainers.errors import OutOfMemory, SettingsError, in_one_line, is_out_of_memory
 from ....trainers.families import family_of
 from ....trainers.formats.adapter import Adapter, as_adapter
 from ....trainers.formats.kohya import ranks_of
-from ....trainers.memory.oom import in_one_line, is_out_of_memory
 from ....trainers.objective.options import NATIVE
 from ....trainers.preprocessing.crops import all_resolutions
 from ....trainers.protocols import Geometry, Host

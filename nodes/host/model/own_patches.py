@@ -10,7 +10,7 @@ import comfy.model_management
 import torch
 from comfy.weight_adapter import LoRAAdapter, WeightAdapterBase
 
-from ....trainers.tools.naming import WeightSlice
+from ....trainers.tools.difference import WeightSlice
 from ....trainers.tools.relative import own_changes
 from .quantization import gguf
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from ....trainers.memory.oom import is_out_of_memory
+from ....trainers.errors import is_out_of_memory
 from . import prompt_nodes
 from .fingerprint import module_digest, sampled_module_digest
 
