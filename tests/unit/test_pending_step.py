@@ -131,7 +131,7 @@ def test_a_skipped_fp16_step_leaves_the_loss_scale(refused, log):
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = torch.optim.AdamW([parameter], fused=True)
     own = object.__new__(updater.ParameterUpdater)
-    own.in_backward, own.masks, own._limit = False, True, 1.0
+    own.in_backward, own.masks, own._limit, own._sums = False, True, 1.0, None
     own.optimizer, own._parameters, own._after_step = optimizer, [parameter], lambda: None
     own._scaler = torch.amp.GradScaler("cpu", growth_interval=1)
     states = []
