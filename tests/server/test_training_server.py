@@ -150,7 +150,11 @@ def _bare(folder):
     "spoil, widgets, words",
     [
         (_empty, {}, ["Graft Load Dataset", "'folder'", "holds no picture", "Put PNG"]),
-        (_ruined, {}, ["Graft Load Dataset", "'folder'", "00.png", "picture format is unknown", "save unreadable ones again"]),
+        (
+            _ruined,
+            {},
+            ["Graft Load Dataset", "'folder'", "00.png", "picture format is unknown", "save unreadable ones again"],
+        ),
         (_bare, {}, ["Graft Train LoRA", "'dataset'", "caption", "trigger"]),
         (
             None,
