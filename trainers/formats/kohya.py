@@ -29,7 +29,7 @@ from .keys import (
     split,
 )
 from .layer_paths import LayerPath, family_of_layers, place_of
-from .published_layers import is_swapped, joint_path, original_path
+from .published_layers import CHECKPOINT_BLOCKS, is_swapped, joint_path, original_path
 
 if TYPE_CHECKING:
     import torch
@@ -132,7 +132,10 @@ def _renamed(layers: Layers, family: str) -> tuple[Layers, Iterable[str]]:
     if len({*places.values()}) < len(places):
         # Two layers would get one name.
         return {}, layers
-    wholes = {name: joint_path(family, places[name].path) for name in layers if _is_published(name, places[name])}
+    wholes = {}
+    # JoyImage has Flux's double_blocks, and a proj_out of its own.
+    if not any(place.path.partition(".")[0] in CHECKPOINT_BLOCKS for place in places.values()):
+        wholes = {name: joint_path(family, places[name].path) for name in layers if _is_published(name, places[name])}
     renamed: Layers = {}
     kept: list[str] = []
     parts: dict[tuple[str, tuple[str, ...]], list[str]] = {}

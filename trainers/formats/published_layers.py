@@ -130,6 +130,8 @@ _TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 _LISTS = {path.partition(".{}")[0] for table in _TABLES.values() for own in table for path in (own, *table[own])}
+# The blocks that only checkpoints have: diffusers' layers never stand beside them in an adapter.
+CHECKPOINT_BLOCKS = {"double_blocks", "single_blocks", "joint_blocks"}
 # Layers whose halves, shift and scale, diffusers stores in the other order.
 _SWAPPED = re.compile(r"final_layer\.adaLN_modulation\.1|joint_blocks\.\d+\.context_block\.adaLN_modulation\.1")
 # The first number of a path, which counts blocks.

@@ -121,6 +121,13 @@ def test_attention_of_flux_joins_without_its_feed_forward_part():
     assert up.shape == (7 * 8, 2) and up[:24].all() and not up[24:].any()
 
 
+@pytest.mark.parametrize("block", ["img_attn_qkv", "txt_mlp_0"])
+def test_a_checkpoints_own_layer_with_a_name_of_diffusers_keeps_it(block):
+    """JoyImage has blocks with the names of Flux, and ends with proj_out instead of final_layer.linear."""
+    tensors = lora([f"lora_unet_double_blocks_0_{block}", "lora_unet_proj_out"])
+    assert kohya_form(tensors, {}).keys() == tensors.keys()
+
+
 def test_a_layer_that_cannot_join_keeps_its_names_alone():
     names = [*attention(BLOCKS, [0]), *attention(SINGLE, [3])]
     odd = {f"{BLOCKS}.0.attn.to_q.diff_b": torch.ones(8)}
