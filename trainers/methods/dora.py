@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .arguments import BESIDE
 from .lora import LoRA, in_dtype_of, parts_of
 from .targets import Layer
 
@@ -103,7 +102,7 @@ class DoRA(LoRA):
     name = "DoRA"
     needs_base = True
     is_linear = False
-    arguments = BESIDE
+    arguments = ()
     variant = {"use_dora": True}
 
     def start_value(self, stem: str, layer: nn.Module, shape: torch.Size, seed: int, name: str) -> torch.Tensor:
