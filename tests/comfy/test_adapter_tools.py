@@ -139,6 +139,28 @@ def test_layers_that_one_has_alone_are_kept(model):
     assert_same(added(model, found), summed((ours, 1.0), (theirs, 2.0)))
 
 
+@pytest.mark.parametrize("name", ["SD1", "Flux"])
+@pytest.mark.parametrize("kind", ["LoRA", "LoKr", "DoRA"])
+def test_no_tool_loses_norms_and_biases(kind, name, model, flux, comfy):
+    """Merged, resized, extracted and reported are all of the tensors that training makes."""
+    network = flux if name == "Flux" else model
+    arguments = (("train_norm", True), ("train_bias", True))
+    given = adapter_of(kind, name, targets="all linear", adapter_args=arguments)
+    # A run's file names its type, by which readers know the formula of magnitudes.
+    given = Adapter(given, {**given.metadata, "graft_recipe": f'{{"method": "{kind}"}}'})
+    other = adapter_of("LoRA", name, seed=1)
+    expected = added(network, given)
+    assert any("norm" in key for key in expected) and any(key.endswith(".bias") for key in expected)
+    assert_same(through_a_file(comfy, given, network, f"{kind} {name}"), expected)
+    how = {} if kind != "DoRA" else {"model": network}
+    merged = execute("GraftMergeAdapters", given, other, 0.5, 2.0, "weighted sum", 0, 0.5, 0, **how)[0]
+    assert_same(added(network, merged), summed((expected, 0.5), (added(network, other), 2.0)))
+    assert_same(added(network, execute("GraftResizeAdapter", given, 0, 1.0, **how)[0]), expected)
+    assert_same(added(network, extract(apply(network, given), network)[0]), expected, 1e-4)
+    report = inspect(given, network)[1]
+    assert f"{len(given)} of {len(given)} keys" in report and "whole difference" in report
+
+
 def test_text_encoders_are_merged_too(model):
     clip = models.text("SD1")
     place = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"

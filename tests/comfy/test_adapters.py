@@ -63,10 +63,18 @@ VARIANTS = {
     "LoKr factor": "factor=2 full_matrix=true",
     "LoKr tucker": "use_tucker=true decompose_both=true factor=4",
     "LoKr wd": "dora_wd=true",
+    "LoRA beside": "train_norm=true train_bias=true scale_weight_norms=2",
+    "DoRA beside": "train_norm=true train_bias=true",
+    "LoHa beside": "train_norm=true train_bias=true rank_dropout=0.2",
+    "LoKr beside": "train_norm=true train_bias=true",
+    "GLoRA beside": "train_norm=true train_bias=true",
 }
 CASES |= {
     case: {**ALL, "rank": 2, "alpha": 3.0, "adapter_args": parse_arguments(text)} for case, text in VARIANTS.items()
 }
+
+
+BESIDE = [case for case in VARIANTS if case.endswith(" beside")]
 
 
 def type_of(case):
@@ -445,7 +453,7 @@ def test_dropout_is_the_same_when_blocks_are_computed_again(kind, model):
     assert models.distance(found[1], found[0]) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", [*ADAPTERS, "LoRA fa", "LoKr both", "LoKr factor", "LoKr wd", "LoHa wd"])
+@pytest.mark.parametrize("kind", [*ADAPTERS, "LoRA fa", "LoKr both", "LoKr factor", "LoKr wd", "LoHa wd", *BESIDE])
 def test_training_goes_on_from_a_file(kind, tmp_path):
     """Training starts from the file's effect; types that a kohya file cannot hold are refused by name."""
     fields = {"rank": 2, "alpha": 2.0, "batch_size": 2, **short_fields(kind)}
@@ -454,9 +462,9 @@ def test_training_goes_on_from_a_file(kind, tmp_path):
         path = tmp_path / format / "adapter_model.safetensors"
         save_adapter(str(path), first.adapter, "first", format)
         more = {**fields, "start_from": str(path), "steps": 1, "learning_rate": 1e-12}
-        if format == "kohya" and kind in ("DoRA", "OFT", "BOFT", "IA3", "LoHa wd", "LoKr wd"):
-            # peft has no form of a LoHa or LoKr with magnitudes.
-            cure = "Graft Apply Adapter" if kind.endswith(" wd") else "peft folder"
+        if format == "kohya" and kind in ("DoRA", "DoRA beside", "OFT", "BOFT", "IA3", "LoHa wd", "LoKr wd"):
+            # peft has no form of a LoHa or LoKr with magnitudes, nor of norms.
+            cure = "peft folder" if kind in ADAPTERS else "Graft Apply Adapter"
             with pytest.raises(ModelError, match=f"does not have the tensors that {type_of(kind)} trains.*{cure}"):
                 run_session(tmp_path, **more)
             continue
@@ -472,6 +480,121 @@ def test_a_file_that_lacks_what_an_argument_adds_names_the_argument(tmp_path):
     save_adapter(str(path), run_session(tmp_path, **fields, steps=1).adapter, "first", "kohya")
     with pytest.raises(ModelError, match="lacks .*Leave use_tucker out of adapter_args"):
         run_session(tmp_path, **fields, start_from=str(path), steps=1)
+
+
+@pytest.mark.parametrize(
+    "made, wanted, named",
+    [
+        ("", "train_norm=true", "lacks .*norm.*Leave train_norm out of adapter_args"),
+        ("", "train_bias=true", "lacks .*diff_b.*Leave train_bias out of adapter_args"),
+        ("train_norm=true", "", "has layers that this run does not train, such as .*norm.*adapter_args"),
+        ("train_bias=true", "", "changes the bias of LoRA layers, which this run cannot train"),
+    ],
+)
+@pytest.mark.parametrize("format", ["kohya", "peft"])
+def test_norms_and_biases_of_a_file_are_those_of_the_run(made, wanted, named, format, tmp_path):
+    if made == "train_norm=true" and format == "peft":
+        pytest.skip("peft has no form of norms")
+    fields = {"rank": 2, "alpha": 2.0, "batch_size": 2, "steps": 1}
+    path = tmp_path / format / "adapter_model.safetensors"
+    first = run_session(tmp_path / "first", **fields, adapter_args=parse_arguments(made))
+    save_adapter(str(path), first.adapter, "first", format)
+    with pytest.raises(ModelError, match=named):
+        run_session(tmp_path, **fields, start_from=str(path), adapter_args=parse_arguments(wanted))
+
+
+OTHERS = ["SDXL", "SD3", "Flux"]
+SOME = {"adapter_args": parse_arguments("train_norm=true train_bias=true"), "targets": "all linear", "rank": 2}
+
+
+def point_of(name):
+    """Return (latent, sigma, conditioning) of a prediction."""
+    x = torch.randn(1, *models.SIZES[name].latent, generator=torch.Generator().manual_seed(3))
+    return x, 0.6, models.conditioning(name, 9)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_core_applies_norms_and_biases_at_the_strength_that_training_has(name):
+    """Without factors, so that the norms and biases make up the whole effect, and half the strength is half of it."""
+    import comfy.sd
+    from graft_pack.nodes.host.model.lora import unread_keys
+
+    model, point = models.patcher(name), point_of(name)
+    base = models.denoised(model, *point)
+    with models.in_training(model, name, **SOME) as training:
+        module, method = training.denoiser.module, METHODS["LoRA"]
+        changed = {one: value for one, value in training.plan.trainables.items() if ".diff" in one}
+        models.scatter(changed, 0.2)
+        trained = []
+        for strength in (1.0, 0.5):
+            with method.scaled(module, strength):
+                trained.append(models.trained_denoised(training, *point))
+        adapter = training.plan.export(training.plan.trainables, 0).adapter
+    assert unread_keys(model, None, adapter) == []
+    for strength, output in zip((1.0, 0.5), trained, strict=True):
+        applied, _ = comfy.sd.load_lora_for_models(model, None, dict(adapter), strength, 0.0)
+        error = (models.denoised(applied, *point) - output).norm() / (output - base).norm()
+        assert float(error) <= 1e-4
+    assert models.distance(trained[0], trained[1]) > 1e-2
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_gradients_of_norms_and_biases_are_exact(name):
+    """In fp64 against finite differences, and those of checkpointed blocks."""
+    model, found = models.patcher(name, torch.float64), []
+    for checkpointing in (False, True):
+        with models.in_training(model, name, checkpointing, 0.05, 1, batch_size=1, **SOME) as training:
+            with models.float64_throughout(training):
+                found.append(models.joined(training.gradients()))
+                stems = {} if checkpointing else by_stem(training.plan.trainables)
+                assert checkpointing or len(stems) == 4
+                for stem in (stem for stem in stems if stem.startswith("diff")):
+                    error, slope = directional_error(training.losses, stems[stem], step=0.02)
+                    assert slope > 1e-4, stem
+                    assert error <= 1e-5, stem
+    assert models.distance(*found) <= 1e-6
+
+
+def test_the_norms_are_those_that_lycoris_trains(model, unet):
+    """With its presets for attention and for whole blocks; its modules have diffusers' names."""
+    from lycoris.kohya import LycorisNetworkKohya
+    from lycoris.modules.norms import NormModule
+
+    names = {}
+    with models.in_training(model, "SD1") as training:
+        for path, _ in training.denoiser.module.named_modules():
+            names[path] = training.denoiser.adapter_name(path)
+    for targets, blocks in (("all linear", []), ("attention", ["Transformer2DModel"])):
+        blocks = blocks or ["Transformer2DModel", "ResnetBlock2D"]
+        LycorisNetworkKohya.apply_preset({"unet_target_module": blocks, "text_encoder_target_module": []})
+        network = LycorisNetworkKohya([], unet(), lora_dim=2, conv_lora_dim=2, train_norm=True)
+        theirs = {module.lora_name for module in network.unet_loras if isinstance(module, NormModule)}
+        chosen = targets_of(model, targets=targets, adapter_args=parse_arguments("train_norm=true"))
+        ours = {names[path] for path in chosen if path not in targets_of(model, targets=targets)}
+        assert theirs and ours == theirs
+
+
+@pytest.mark.parametrize(
+    "name, fields, named",
+    [
+        ("PixArtSigma", {"adapter_args": (("train_norm", True),)}, "no norm in or beside"),
+        ("SD1", {"adapter_args": (("train_bias", True),), "target_patterns": ("attn1.to_q",)}, "no bias in or beside"),
+    ],
+)
+def test_a_model_without_such_norms_or_biases_is_refused_by_name(name, fields, named):
+    fields = {"targets": "patterns", "target_patterns": ("attn",), **fields}
+    with pytest.raises(SettingsError, match=named) as caught, models.in_training(models.patcher(name), name, **fields):
+        pass
+    assert caught.value.input == "adapter_args"
+
+
+def test_norms_that_are_more_than_numbers_are_refused_by_name():
+    from graft_pack.trainers.methods.differences import add_to_norm
+
+    norm = torch.nn.LayerNorm(4)
+    norm.weight = torch.nn.Parameter(torch.ones(4).as_subclass(type("Packed", (torch.Tensor,), {})))
+    with pytest.raises(ModelError, match="x.norm.weight is quantized.*Leave train_norm out"):
+        add_to_norm("x.norm", norm)
 
 
 @pytest.mark.parametrize("rank", [32, 64])
@@ -560,7 +683,10 @@ def test_ranks_rows_and_modules_are_dropped_with_their_probability():
         ("LoRA", "rank_dropout=1", "a number from 0 to 0.95"),
         ("LoRA", "rank_dropout=true", "a number from 0 to 0.95"),
         ("OFT", "factor=8", "It takes none"),
-        ("DoRA", "lora_fa=true", "It takes none"),
+        ("DoRA", "lora_fa=true", "It takes train_norm, train_bias"),
+        ("PiSSA", "train_norm=true", "It takes none"),
+        ("IA3", "train_bias=true", "It takes none"),
+        ("LoRA", "train_norm=1", "Write train_norm= and true or false"),
     ],
 )
 def test_arguments_that_a_type_does_not_take_are_refused_by_name(kind, text, named):

@@ -14,6 +14,7 @@ from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 from graft_pack.trainers.memory.tracking import TensorTracker
 from graft_pack.trainers.methods.dropout import dropping_out
 from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
+from graft_pack.trainers.recipe.parsing import parse_arguments
 from graft_pack.trainers.steps.step import batch_loss
 from torch._dynamo.utils import counters
 
@@ -27,6 +28,7 @@ METHODS = {
     "DoRA": {"method": "DoRA"},
     "LoHa": {"method": "LoHa"},
     "LoKr": {"method": "LoKr"},
+    "norms and biases": {"adapter_args": parse_arguments("train_norm=true train_bias=true")},
     "all weights": {"method": "all weights", "targets": "all weights", "rank": 0},
     "offloaded": {"offload": "on"},
     "fp8 (scaled)": {"base_dtype": "fp8 (scaled)"},

@@ -116,9 +116,13 @@ def test_weights_in_half_precision_or_eight_bits_are_shared_out_as_they_are(dtyp
         assert models.distance(models.joined(training.gradients()), whole) <= 1e-6
 
 
-@pytest.mark.parametrize("base_dtype", BASE_DTYPES)
-def test_quantized_weights_are_shared_out_as_they_are(base_dtype):
-    with models.in_training(models.patcher("SD3"), "SD3", spread=0.05, examples=1, base_dtype=base_dtype) as training:
+@pytest.mark.parametrize(
+    "fields",
+    [*({"base_dtype": base_dtype} for base_dtype in BASE_DTYPES), {"adapter_args": (("train_norm", True),)}],
+    ids=str,
+)
+def test_quantized_weights_and_changed_norms_are_shared_out_as_they_are(fields):
+    with models.in_training(models.patcher("SD3"), "SD3", spread=0.05, examples=1, **fields) as training:
         whole = models.joined(training.gradients())
         shards = ShardedWeights(
             training.denoiser.module, training.plan.trainables.values(), Lone(), needs_input_grad=False

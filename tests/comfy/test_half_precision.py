@@ -23,6 +23,7 @@ VARIANTS = (
     ("LoRA", "rank_dropout=0.5 module_dropout=0.5"),
     ("LoHa", "dora_wd=true"),
     ("LoKr", "dora_wd=true use_tucker=true factor=2"),
+    ("LoRA", "train_norm=true train_bias=true"),
 )
 ADAPTERS = [name for name, method in METHODS.items() if method.trains_model and name != "all weights"]
 
@@ -71,6 +72,26 @@ def test_every_adapter_type_starts_as_the_host(method, arguments, dtype):
     fields = {"method": method, "targets": targets, "adapter_args": parse_arguments(arguments)}
     with models.in_training(patcher, "SD1", **fields) as training:
         assert torch.equal(of_training(training, "SD1"), expected)
+
+
+@HALF
+@pytest.mark.parametrize("name", ["SDXL", "SD3", "Flux"])
+def test_norms_and_biases_start_as_the_host_and_round_as_it(name, dtype):
+    """The host rounds the sum of a norm's weight and its difference to half precision too."""
+    from graft_pack.nodes.host.model.lora import apply_adapter
+
+    patcher = models.patcher(name, dtype)
+    expected = of_host(patcher, name)
+    fields = {"targets": "all linear", "adapter_args": parse_arguments("train_norm=true train_bias=true")}
+    with models.in_training(patcher, name, **fields) as training:
+        assert torch.equal(of_training(training, name), expected)
+        trainables = training.plan.trainables
+        norms = {one: value for one, value in trainables.items() if ".diff" in one and ".diff_b." not in one}
+        models.scatter(norms, 0.1)
+        trained = of_training(training, name)
+        adapter = training.plan.export(trainables, 0).adapter
+    applied = of_host(apply_adapter(patcher, None, adapter, 1.0, 1.0)[0], name)
+    assert torch.equal(trained, applied) and not torch.equal(trained, expected)
 
 
 @HALF

@@ -10,6 +10,7 @@ from graft_pack.trainers.memory import autograd, offload
 from graft_pack.trainers.memory.checkpointing import is_checkpointed, keeps_attention
 from graft_pack.trainers.methods import ADAPTERS
 from graft_pack.trainers.recipe.options import ALL_BUT_ATTENTION
+from graft_pack.trainers.recipe.parsing import parse_arguments
 
 from tests.support import models
 from tests.support.diffusers_host import make_dataset, run_session, same_state, same_tensors, state_of
@@ -115,9 +116,9 @@ def test_bits_are_the_same_with_copies_and_two_blocks_are_there_at_most(name, ah
         assert 2 * (len(sizes) - 1) <= device.loads <= 2 * 2 * len(sizes)
 
 
-@pytest.mark.parametrize("kind", ADAPTERS)
-def test_no_adapter_computes_with_what_is_away(kind, far, tmp_path):
-    fields = {"method": kind, "targets": "all linear", "rank": 4}
+@pytest.mark.parametrize("kind, arguments", [*((kind, "") for kind in ADAPTERS), ("LoRA", "train_norm=true")])
+def test_no_adapter_computes_with_what_is_away(kind, arguments, far, tmp_path):
+    fields = {"method": kind, "targets": "all linear", "rank": 4, "adapter_args": parse_arguments(arguments)}
     found = []
     for more in ({}, ON):
         with models.in_training(models.patcher("SD1"), "SD1", False, 0.05, **fields, **more) as training:

@@ -276,14 +276,21 @@ def test_base_dtype_quantizes_again_what_is_quantized(pair):
     assert_same_training(*found)
 
 
-@pytest.mark.parametrize("method", METHOD_NAMES[1:])
-def test_base_dtype_trains_every_type(method):
-    low = results(models.patcher("SD1"), "SD1", base_dtype="nf4", method=method)
-    assert_same_training(low, results(dequantized("SD1", "nf4"), "SD1", method=method))
+BESIDE = {"adapter_args": (("train_norm", True), ("train_bias", True))}
 
 
-@pytest.mark.parametrize("method", ["LoRA", "DoRA", "PiSSA", "IA3", "OFT"])
-def test_base_dtype_trains_a_base_in_fp8(method):
+@pytest.mark.parametrize(
+    "fields", [*({"method": method} for method in METHOD_NAMES[1:]), BESIDE, {**BESIDE, "method": "DoRA"}], ids=str
+)
+def test_base_dtype_trains_every_type(fields):
+    low = results(models.patcher("SD1"), "SD1", base_dtype="nf4", **fields)
+    assert_same_training(low, results(dequantized("SD1", "nf4"), "SD1", **fields))
+
+
+@pytest.mark.parametrize(
+    "fields", [*({"method": method} for method in ("LoRA", "DoRA", "PiSSA", "IA3", "OFT")), BESIDE], ids=str
+)
+def test_base_dtype_trains_a_base_in_fp8(fields):
     """The base is what the host loads with the weight_dtype fp8_e4m3fn."""
     config = networks.SIZES["SD1"].build()
     config.set_inference_dtype(torch.float8_e4m3fn, torch.float32)
@@ -293,7 +300,7 @@ def test_base_dtype_trains_a_base_in_fp8(method):
         for ours, theirs in zip(model.model.parameters(), wide.model.parameters(), strict=True):
             ours.copy_(theirs)
             theirs.copy_(ours)
-    found = [results(one, "SD1", base_dtype="nf4", method=method) for one in (model, wide)]
+    found = [results(one, "SD1", base_dtype="nf4", **fields) for one in (model, wide)]
     assert_same_training(*found)
 
 

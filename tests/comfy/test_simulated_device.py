@@ -248,10 +248,13 @@ def test_adapter_types_train_as_on_the_cpu(method, tmp_path):
     check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "Flux", method=method, rank=4))
 
 
-@pytest.mark.parametrize("method", ["LoRA", "LoHa", "LoKr"])
+@pytest.mark.parametrize(
+    "method, arguments",
+    [*((kind, "use_tucker=true") for kind in ("LoRA", "LoHa", "LoKr")), ("LoRA", "train_norm=true train_bias=true")],
+)
 @forked
-def test_variants_train_as_on_the_cpu(method, tmp_path):
-    fields = {"adapter_args": parse_arguments("use_tucker=true"), "targets": "linear + conv", "rank": 4}
+def test_variants_train_as_on_the_cpu(method, arguments, tmp_path):
+    fields = {"adapter_args": parse_arguments(arguments), "targets": "linear + conv", "rank": 4}
     check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "SD1", method=method, **fields))
 
 

@@ -37,7 +37,12 @@ def test_the_frozen_base_is_the_graphs_own_model(name, checkpointing):
 
 @pytest.mark.parametrize(
     "kind, arguments",
-    [*((kind, "") for kind in ADAPTERS), ("LoHa", "dora_wd=true"), ("LoRA", "use_tucker=true rank_dropout=0.5")],
+    [
+        *((kind, "") for kind in ADAPTERS),
+        ("LoHa", "dora_wd=true"),
+        ("LoRA", "use_tucker=true rank_dropout=0.5"),
+        ("LoRA", "train_norm=true train_bias=true"),
+    ],
 )
 def test_every_type_can_be_switched_off(kind, arguments):
     """Also types whose layers have their own forward."""

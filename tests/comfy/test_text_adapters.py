@@ -6,6 +6,7 @@ from graft_pack.trainers.errors import ModelError, SettingsError
 from graft_pack.trainers.formats.adapter import load_adapter, save_adapter
 from graft_pack.trainers.methods import ADAPTERS
 from graft_pack.trainers.methods.targets import LINEAR
+from graft_pack.trainers.recipe.parsing import parse_arguments
 
 from tests.support import diffusers_host, models
 from tests.support.gradients import directional_error
@@ -87,11 +88,14 @@ def test_without_the_cure_it_raises(monkeypatch):
 
 
 # SD1 for every type; every family for the types with different key names.
-PAIRS = [(kind, name) for kind in ADAPTERS for name in models.TEXT if name == "SD1" or kind in ("LoRA", "DoRA", "LoKr")]
+PAIRS = [
+    (kind, name, "") for kind in ADAPTERS for name in models.TEXT if name == "SD1" or kind in ("LoRA", "DoRA", "LoKr")
+]
+PAIRS += [("LoRA", name, "train_norm=true train_bias=true") for name in models.TEXT]
 
 
-@pytest.mark.parametrize("kind, name", PAIRS)
-def test_what_the_host_loads_from_the_file_is_what_was_trained(kind, name, comfy, tmp_path):
+@pytest.mark.parametrize("kind, name, arguments", PAIRS)
+def test_what_the_host_loads_from_the_file_is_what_was_trained(kind, name, arguments, comfy, tmp_path):
     """Loaded by core's own loader; the graph's encoder stays unchanged, the disabled adapter gives the base's bits."""
     import nodes
 
@@ -99,6 +103,7 @@ def test_what_the_host_loads_from_the_file_is_what_was_trained(kind, name, comfy
     before = encoded(clip)
     weights = [value.clone() for value in clip.cond_stage_model.state_dict().values()]
     fields = {"method": kind, "targets": "attention + feed-forward", "alpha": 4.0}
+    fields["adapter_args"] = parse_arguments(arguments)
     with models.with_text(name, model=model, clip=clip, **fields) as training, torch.no_grad():
         plan, text = training.plan, training.host.text
         [start] = text.encode_live([CAPTION])

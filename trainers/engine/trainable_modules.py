@@ -235,7 +235,7 @@ class TrainableModules:
             raise ModelError(
                 f"The adapter to start from has layers that this run does not train, such as "
                 f"{min(left - unread).strip()}.",
-                "Use the targets and the text_encoder setting it was trained with.",
+                "Use the targets, adapter_args and text_encoder setting it was trained with.",
                 "start_from",
             )
         self._report_unread(sorted(unread), total)

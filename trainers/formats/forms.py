@@ -88,6 +88,8 @@ def _check_biases(tensors: dict[str, torch.Tensor]) -> None:
     for name, held in split(tensors)[0].items():
         if BIAS in held and WHOLE not in held:
             raise _refusal("LyCORIS", f"its layer {name[:200]} changes a bias, for which LyCORIS has no place")
+        if f"{name}.w_norm" in tensors and BIAS not in held:
+            raise _refusal("LyCORIS", f"its layer {name[:200]} is a norm without a bias, which LyCORIS does not know")
 
 
 def from_peft(native: PeftAdapter, format: str) -> dict[str, torch.Tensor]:

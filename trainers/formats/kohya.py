@@ -321,7 +321,9 @@ def network_fields(tensors: Mapping[str, torch.Tensor], by_lycoris: bool = False
         # LyCORIS would read them by its own formula.
         module = _SD_SCRIPTS
     if algorithm == "lora":
-        is_beyond = any(_OUTSIDE.match(common_name(name)[1]) for name in layers) and not has_magnitudes
+        # Neither has it a place for norms.
+        is_beyond = any(_OUTSIDE.match(common_name(name)[1]) or WHOLE in layers[name] for name in layers)
+        is_beyond = is_beyond and not has_magnitudes
         if not (by_lycoris or is_beyond):
             module, args = _SD_SCRIPTS, {}
         args |= {"dora_wd": "True"} if has_magnitudes else {}

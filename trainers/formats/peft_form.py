@@ -169,6 +169,10 @@ def _check_alike(layers: dict[LayerPath, _Layer], format: str) -> None:
         has_magnitude = ["lora_magnitude_vector.weight" in each.values for each in (first, layer)]
         if not is_alike or has_magnitude[0] != has_magnitude[1]:
             raise _refusal(format, place.path, f"has another type than {first_place.path}, and peft has one for all")
+        if ("lora_B.bias" in first.values) != ("lora_B.bias" in layer.values):
+            raise _refusal(
+                format, place.path, f"or {first_place.path} changes a bias, and peft has one for all or none"
+            )
         if place.component not in ("", "text_encoder", "text_encoder_2"):
             raise _refusal(format, place.path, "belongs to a text encoder that the format has no place for")
 

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..formats.keys import ALPHA, BIAS, DORA, DOWN, UP, common_place, layer_keys, layouts, type_of
+from ..formats.keys import ALPHA, BIAS, DORA, DOWN, UP, WHOLE, common_place, layer_keys, layouts, type_of
 from ..formats.kohya import has_host_magnitudes, own
 from ..formats.peft_config import starts_at_weight
 from ..formats.peft_format import PeftAdapter
+from . import differences
+from .arguments import BESIDE, value_of
 from .targets import Layer, alpha_of, parse_name, rank_of
 
 if TYPE_CHECKING:
@@ -26,6 +28,9 @@ APPLY = "Apply it with Graft Apply Adapter before the training node instead."
 # Arguments of the type whose layers a file without their tensors does not have.
 _ARGUMENTS = {"lora_mid": "use_tucker", "hada_t1": "use_tucker", "hada_t2": "use_tucker", "lokr_t2": "use_tucker"}
 _ARGUMENTS |= {"dora_scale": "dora_wd", "lora_magnitude_vector": "dora_wd"}
+# Names in a file's layer of the trainables beside an adapter.
+_END_OF = {stem: BIAS if stem == BIAS else WHOLE for stem in differences.STEMS.values()}
+_ARGUMENTS |= {stem: "train_bias" if end == BIAS else "train_norm" for stem, end in _END_OF.items()}
 _RANKS = "Use the rank and block_ranks it was trained with. A LoRA fits into larger ones, too."
 
 
@@ -91,12 +96,17 @@ class StartValues:
         for name in trainables:
             by_path.setdefault(parse_name(name).path, []).append(name)
         for path in sorted(by_path):
-            place, tensors, keys = self._tensors_of(path)
+            stems = {name: parse_name(name).stem for name in by_path[path]}
+            added = {stem: _END_OF[stem] for stem in stems.values() if stem in _END_OF}
+            is_norm = len(added) == len(stems)
+            place, tensors, keys = self._tensors_of(differences.place_of(path, added), is_norm)
             used |= keys
             adapted = module.get_submodule(path)
-            layer = self._rescaled(path, *self._layer_values(path, place, tensors, adapted))
-            layer = self._method.load_layer(layer, adapted)
-            stems = {name: parse_name(name).stem for name in by_path[path]}
+            layer = {end: tensor for end, tensor in tensors.items() if end not in added.values()}
+            if not is_norm:
+                layer = self._rescaled(path, *self._layer_values(path, place, layer, adapted))
+                layer = self._method.load_layer(layer, adapted)
+            layer.update({stem: tensors[end] for stem, end in added.items() if end in tensors})
             values.update({name: layer.get(stem) for name, stem in stems.items()})
             extra = layer.keys() - set(stems.values())
             if extra:
@@ -111,19 +121,19 @@ class StartValues:
             raise mismatch(f"lacks {missing[0]}", f"{cure}.")
         return values, used
 
-    def _tensors_of(self, path: str) -> tuple[str | None, dict[str, torch.Tensor], set[str]]:
+    def _tensors_of(self, path: str, is_optional: bool) -> tuple[str | None, dict[str, torch.Tensor], set[str]]:
         """Return a layer's name in the file, its tensors by kohya's or peft's names, and their keys in the file."""
         published_name = self._names[1]
         native = self._adapter.native
         if native is None:
-            keys = next((self._keys[place] for place in host_places(path, self._names) if place in self._keys), None)
-            if keys is None:
+            keys = next((self._keys[place] for place in host_places(path, self._names) if place in self._keys), {})
+            if not (keys or is_optional):
                 raise self._lacking(path)
             return None, {end: self._adapter[key] for end, key in keys.items()}, set(keys.values())
         place = published_name(path) if native.published else path
         start = f"{place}."
         selected = {key[len(start) :]: value for key, value in native.tensors.items() if key.startswith(start)}
-        if not selected:
+        if not (selected or is_optional):
             raise self._lacking(path)
         return place, selected, {start + end for end in selected}
 
@@ -170,9 +180,10 @@ class StartValues:
 
         own, kind = self._method.name, type_of(tensors)
         if self._adapter.made_by() == own:
+            has_no_folder = own in ("LoHa", "LoKr") or any(value_of(self._recipe, name) for name in BESIDE)
             return mismatch(
                 f"does not have the tensors that {own} trains",
-                APPLY if own in ("LoHa", "LoKr") else "Start from the peft folder that Graft Save Adapter writes.",
+                APPLY if has_no_folder else "Start from the peft folder that Graft Save Adapter writes.",
             )
         ends = ", ".join(sorted(tensors.keys() - {ALPHA}))
         fits_other = kind in METHODS and METHODS[kind].values_of_host(tensors) is not None

@@ -42,7 +42,11 @@ ARGUMENTS = {
     "module_dropout": _FRACTION,
     "scale_weight_norms": Argument(float, 1e-4, 1e4),
     "lora_fa": _SWITCH,
+    "train_norm": _SWITCH,
+    "train_bias": _SWITCH,
 }
+# Arguments of all low-rank types whose layers are changed by no more than their own factors.
+BESIDE = ("train_norm", "train_bias")
 # Variants that no type has, with the reason.
 _REFUSED = {
     "t_lora": "T-LoRA's rank depends on the timestep, and no file that ComfyUI reads says so",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .arguments import BESIDE
 from .lora import LoRA, in_dtype_of, parts_of
 from .targets import Layer
 
@@ -102,7 +103,7 @@ class DoRA(LoRA):
     name = "DoRA"
     needs_base = True
     is_linear = False
-    arguments = ()
+    arguments = BESIDE
     variant = {"use_dora": True}
 
     def start_value(self, stem: str, layer: nn.Module, shape: torch.Size, seed: int, name: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..formats.keys import ALPHA
+from .arguments import BESIDE
 from .peft_method import PeftMethod
 from .targets import CONV, LINEAR, POINT, Layer, alphas_of
 
@@ -29,6 +30,7 @@ class GLoRA(PeftMethod):
     name = "GLoRA"
     kinds = frozenset({LINEAR, POINT, CONV})
     zero_init = frozenset({"glora_a1", "lora_B"})
+    arguments = BESIDE
     is_linear = True
 
     def config(self, recipe: Recipe, layers: dict[str, nn.Module], ranks: dict[str, int]) -> Any:

@@ -10,7 +10,7 @@ from ..formats.keys import ALPHA, DOWN, UP
 from ..formats.keys import MID as FILE_MID
 from ..formats.kohya import lora_tensors, plain_factors
 from ..optimizers import Group
-from .arguments import STRUCTURE_DROPOUT, value_of
+from .arguments import BESIDE, STRUCTURE_DROPOUT, value_of
 from .peft_method import PeftMethod
 from .targets import CONV, LINEAR, POINT, Layer, alphas_of, parse_name
 
@@ -53,7 +53,7 @@ class LoRA(PeftMethod):
     lora_plus_params = frozenset({"lora_B"})
     scale_param = "lora_B"
     has_dropout = True
-    arguments = ("rank_dropout", "module_dropout", "scale_weight_norms", "use_tucker", "lora_fa")
+    arguments = ("rank_dropout", "module_dropout", "scale_weight_norms", "use_tucker", "lora_fa", *BESIDE)
     is_linear = True
     variant: dict[str, Any] = {}
 
@@ -111,7 +111,8 @@ class LoRA(PeftMethod):
     def after_step(self, trainables: dict[str, nn.Parameter], module: nn.Module, recipe: Recipe) -> None:
         """Limit the norm of each layer's difference with scale_weight_norms."""
         most = value_of(recipe, "scale_weight_norms")
-        for path in dict.fromkeys(parse_name(name).path for name in trainables) if most else ():
+        names = [parse_name(name) for name in trainables] if most else []
+        for path in (name.path for name in names if name.stem == "lora_A"):
             limit_norm(module.get_submodule(path), most)
 
     def set_scale(self, layer: nn.Module, scale: float) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
 from ..formats.keys import DORA
-from .arguments import STRUCTURE_DROPOUT, value_of
+from .arguments import BESIDE, STRUCTURE_DROPOUT, value_of
 from .dora import decomposed, host_magnitude, row_squares
 from .peft_method import PeftMethod
 from .targets import CONV, LINEAR, POINT, Layer, alphas_of
@@ -56,7 +56,7 @@ class LycorisMethod(PeftMethod):
     """A type of LyCORIS. With dora_wd it trains m (W + D) / |W + D| by row (Liu et al. 2024)."""
 
     kinds = frozenset({LINEAR, POINT, CONV})
-    arguments = ("dora_wd", "use_tucker", "rank_dropout", "module_dropout")
+    arguments = ("dora_wd", "use_tucker", "rank_dropout", "module_dropout", *BESIDE)
     is_linear = True
 
     def check(self, recipe: Recipe) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, SettingsError
+from ..families import TEXT_ENCODER, is_trained
+from ..formats.keys import BIAS
 from ..formats.kohya import to_kohya
 from ..optimizers import Group
 from ..rng import generator
+from . import differences
 from .adapter_files import StartValues, list_layers, to_peft
-from .arguments import check_arguments
+from .arguments import BESIDE, check_arguments, value_of
 from .base import Method
 from .targets import Layer, meant_layers, parse_name, rank_of, value_for
 
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from ..families import Family
     from ..formats.adapter import Adapter
     from ..formats.peft_format import PeftAdapter
+    from ..protocols import Denoiser, TextEncoder
     from ..recipe.recipe import Recipe
 
 
@@ -86,7 +91,7 @@ class PeftMethod(Method):
         """Return the start value of a trainable, float32."""
         import torch
 
-        if stem in self.zero_init:
+        if stem in self.zero_init or stem in differences.STEMS.values():
             return torch.zeros(shape)
         if stem in self.one_init:
             return torch.ones(shape)
@@ -154,16 +159,24 @@ class PeftMethod(Method):
         """Return alpha / rank, or None if the type has no rank."""
         return alpha / rank if self.has_rank else None
 
+    def names(self, owner: Denoiser | TextEncoder) -> tuple[Callable[[str], str], Callable[[str], str | None]]:
+        """Return functions that name a module in ComfyUI's files and as published. Bare parameters have one name."""
+
+        def name_of(path: str) -> str:
+            return owner.own_name(path) if path.endswith(f".{differences.BARE}") else owner.adapter_name(path)
+
+        return name_of, owner.published_name
+
     def matching(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
         """List the adaptable layers that the recipe's targets match."""
         return list(meant_layers(module, family, recipe))
 
     def targets(self, module: nn.Module, family: Family, recipe: Recipe) -> list[str]:
-        """List the layers to adapt: those that the recipe's targets match, except those of rank 0.
+        """List the layers to adapt: those that the recipe's targets match, except those of rank 0; and norms.
 
         Raises:
             ModelError: no layer matches.
-            SettingsError: this type does not support the kind of a layer.
+            SettingsError: this type does not support the kind of a layer, or there is no norm or bias to train.
         """
         kinds = {path: kind for path, kind in meant_layers(module, family, recipe).items() if rank_of(path, recipe) > 0}
         if not kinds:
@@ -180,17 +193,40 @@ class PeftMethod(Method):
                     f"Choose targets of the kinds {' and '.join(sorted(self.kinds))}, or the type LoRA with conv.",
                     "targets",
                 )
-        return sorted(kinds)
+        # LyCORIS trains no norms of text encoders: they lie outside the modules that it targets.
+        is_text = family is TEXT_ENCODER
+        wants_norms = value_of(recipe, "train_norm") and not is_text
+        norms = differences.list_norms(module, kinds) if wants_norms else []
+        norms = [path for path in norms if is_trained(path, family) and rank_of(path, recipe) > 0]
+        biases = [path for path in kinds if module.get_submodule(path).bias is not None]
+        for name, paths in (("train_norm", norms), ("train_bias", biases)):
+            if value_of(recipe, name) and not (paths or is_text):
+                raise SettingsError(
+                    f"{name} is set, but the model has no {name[6:]} in or beside the layers to adapt.",
+                    f"Leave {name} out of adapter_args, or choose other targets.",
+                    "adapter_args",
+                )
+        return sorted([*kinds, *norms])
 
     def inject(self, module: nn.Module, targets: list[str], recipe: Recipe) -> dict[str, nn.Parameter]:
-        """Put peft's layers at the targets, with random values drawn from the recipe's seed."""
-        self._add_layers(module, targets, recipe)
-        for path in targets:
-            self.prepare(module.get_submodule(path), recipe)
+        """Put peft's layers at the targets, drawn from the recipe's seed, and differences at norms and biases."""
+        norms = [path for path in targets if differences.is_norm(module.get_submodule(path))]
+        adapted = [path for path in targets if path not in norms]
+        self._add_layers(module, adapted, recipe)
+        for path in adapted:
+            layer = module.get_submodule(path)
+            self.prepare(layer, recipe)
+            bias = layer.get_base_layer().bias if value_of(recipe, "train_bias") else None
+            if bias is not None:
+                differences.add(layer, {"bias": bias})
+        for path in norms:
+            differences.add_to_norm(path, module.get_submodule(path))
         trainables = self._start_trainables(module, set(targets), recipe.seed)
-        for path in targets:
+        for path in adapted:
             layer = module.get_submodule(path)
             self.finish(layer, recipe)
+            if hasattr(layer, BIAS):
+                layer.forward = differences.with_bias(layer, layer.forward)
             # peft leaves dropout on. Previews, checks and validation before the first step must not drop anything.
             layer.eval()
             if "forward" in vars(layer):
@@ -235,6 +271,18 @@ class PeftMethod(Method):
         ranks = {path: rank_of(path, recipe) for path in layers}
         return self.config(recipe, layers, {path: rank for path, rank in ranks.items() if rank != recipe.rank})
 
+    @contextmanager
+    def switched_off(self, module: nn.Module) -> Iterator[None]:
+        """Make the module predict as the frozen base within the block, with its norms."""
+        with super().switched_off(module), differences.scaled(module, 0.0):
+            yield
+
+    @contextmanager
+    def scaled(self, module: nn.Module, factor: float) -> Iterator[None]:
+        """Multiply the difference of the module by a factor within the block, with those of norms and biases."""
+        with super().scaled(module, factor), differences.scaled(module, factor):
+            yield
+
     def groups(self, trainables: dict[str, nn.Parameter], recipe: Recipe) -> list[Group]:
         """Group by learning rate: the block's rate, times LoRA+'s ratio for B (Hayou et al. 2024)."""
         rates: dict[float, list[str]] = {}
@@ -265,8 +313,15 @@ class PeftMethod(Method):
         module: nn.Module | None = None,
     ) -> dict[str, torch.Tensor]:
         """Return the tensors of ComfyUI's file."""
-        layers = list_layers(self, tensors, recipe, module)
-        return to_kohya({layer.path: self.export_layer(layer) for layer in layers}, name_of)
+        held = {}
+        for layer in list_layers(self, tensors, recipe, module):
+            added = {stem: layer.values.pop(stem) for stem in differences.STEMS.values() if stem in layer.values}
+            if layer.values:
+                held[layer.path] = {**self.export_layer(layer), **added}
+            else:
+                ends = {"b_norm" if stem == BIAS else "w_norm": tensor for stem, tensor in added.items()}
+                held[differences.place_of(layer.path, added)] = ends
+        return to_kohya(held, name_of)
 
     def native(
         self,
@@ -274,8 +329,13 @@ class PeftMethod(Method):
         recipe: Recipe,
         published_name: Callable[[str], str | None],
         module: nn.Module | None = None,
-    ) -> PeftAdapter:
-        """Return peft's tensors and configuration, with diffusers' names if it has the same layers."""
+    ) -> PeftAdapter | None:
+        """Return peft's tensors and configuration, with diffusers' names if it has the same layers.
+
+        None beside norms, for which peft has no form. That of biases is made from ComfyUI's.
+        """
+        if any(value_of(recipe, name) for name in BESIDE):
+            return None
         layers = list_layers(self, tensors, recipe, module)
         frozen = {layer.path: layer.adapted and layer.adapted.base_layer for layer in layers}
         config = self._config(self.native_recipe(recipe), frozen).to_dict()
