@@ -56,6 +56,11 @@ class OptionNode(io.ComfyNode):
         return io.Float.Input(name, default=declared.unset, min=low, max=high, round=False, tooltip=tooltip, **display)
 
     @classmethod
+    def preset(cls):
+        """Return the widget of the preset, which is the same on several nodes."""
+        return cls.widget("preset", "Fills the unset fields of all options. auto: none.")
+
+    @classmethod
     def execute(cls, options=None, **values) -> io.NodeOutput:
         with named(cls, options=options):
             return io.NodeOutput((options or Chosen()).adding(cls.kind, values))

@@ -225,6 +225,7 @@ class GraftOptimizerOptions(OptionNode):
                         "Steps and factors of the schedule points, such as 0:1, 500:0.5, 1000:0.1.",
                     )
                 ),
+                cls.preset(),
             ),
         )
 
@@ -277,6 +278,7 @@ class GraftMemoryOptions(OptionNode):
                     "Quantize the frozen linear weights for less memory. Changes the result, so it makes another run. "
                     "auto: as it is.",
                 ),
+                cls.preset(),
             ),
             words="VRAM",
         )
@@ -348,7 +350,7 @@ class GraftAdapterOptions(OptionNode):
                 advanced(
                     cls.widget("adapter_args", "Further arguments of the type, such as factor=8 decompose_both=true.")
                 ),
-                cls.widget("preset", "Fills the unset fields of all options. auto: none."),
+                cls.preset(),
             ),
             words="LoRA",
         )
@@ -417,27 +419,30 @@ class GraftObjectiveOptions(OptionNode):
                     )
                 ),
             ],
-            later=map(
-                advanced,
-                (
-                    cls.widget("timestep_mode_scale", "Scale of the timesteps mode. 0: 1.29.", step=0.1),
-                    cls.widget("timestep_alpha", "Alpha of the timesteps beta. 0: 2.", step=0.1),
-                    cls.widget("timestep_beta", "Beta of the timesteps beta. 0: 2.", step=0.1),
-                    cls.widget("stratified", "Spread each batch's timesteps over all noise levels. auto: off."),
-                    cls.widget("p2_gamma", "Gamma of P2. 0: 1.", step=0.1),
-                    cls.widget("l1_fraction", "Part of L1 in MSE + L1. 0: 0.5.", step=0.1),
-                    cls.widget(
-                        "noise_offset_random_strength", "Draw the offset between 0 and noise_offset. auto: off."
-                    ),
-                    cls.widget(
-                        "adaptive_noise_scale", "Part of each channel's mean to add to noise_offset.", step=0.01
-                    ),
-                    cls.widget(
-                        "masked_prior_weight",
-                        "Keeps what the model predicted outside masks, such as 1.",
-                        step=0.1,
+            later=(
+                *map(
+                    advanced,
+                    (
+                        cls.widget("timestep_mode_scale", "Scale of the timesteps mode. 0: 1.29.", step=0.1),
+                        cls.widget("timestep_alpha", "Alpha of the timesteps beta. 0: 2.", step=0.1),
+                        cls.widget("timestep_beta", "Beta of the timesteps beta. 0: 2.", step=0.1),
+                        cls.widget("stratified", "Spread each batch's timesteps over all noise levels. auto: off."),
+                        cls.widget("p2_gamma", "Gamma of P2. 0: 1.", step=0.1),
+                        cls.widget("l1_fraction", "Part of L1 in MSE + L1. 0: 0.5.", step=0.1),
+                        cls.widget(
+                            "noise_offset_random_strength", "Draw the offset between 0 and noise_offset. auto: off."
+                        ),
+                        cls.widget(
+                            "adaptive_noise_scale", "Part of each channel's mean to add to noise_offset.", step=0.01
+                        ),
+                        cls.widget(
+                            "masked_prior_weight",
+                            "Keeps what the model predicted outside masks, such as 1.",
+                            step=0.1,
+                        ),
                     ),
                 ),
+                cls.preset(),
             ),
         )
 

@@ -274,6 +274,7 @@ CHOICES = {
             "AdamWScheduleFree": "AdamWScheduleFree",
             "RAdamScheduleFree": "RAdamScheduleFree",
             "pytorch_optimizer.CAME": "CAME",
+            "prodigyplus.ProdigyPlusScheduleFree": "ProdigyPlusScheduleFree",
             "SGDNesterov": None,
             "DAdaptation": None,
             "my.Optimizer": None,

@@ -218,6 +218,7 @@ def references(parameter):
     from dadaptation import DAdaptAdam, DAdaptLion
     from lion_pytorch import Lion
     from prodigyopt import Prodigy
+    from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree
     from schedulefree import AdamWScheduleFree, RAdamScheduleFree
     from transformers.optimization import Adafactor
 
@@ -250,6 +251,7 @@ def references(parameter):
         ),
         "DAdaptAdam": lambda: DAdaptAdam([parameter], betas=betas, **common),
         "DAdaptLion": lambda: DAdaptLion([parameter], betas=betas, **common),
+        "ProdigyPlusScheduleFree": lambda: ProdigyPlusScheduleFree([parameter], betas=betas, **common),
         "pytorch-optimizer": lambda: pytorch_optimizer.Yogi([parameter], **common),
     }
 
@@ -330,6 +332,7 @@ def test_each_of_pytorch_optimizer_continues_from_its_state(name):
 
 # Learning rates for convergence in the steps below; Prodigy finds its own.
 RATES = {"Lion": 8e-3, "Prodigy": 1.0, "DAdaptAdam": 1.0, "DAdaptLion": 1.0, "AdamWScheduleFree": 5e-2}
+RATES["ProdigyPlusScheduleFree"] = 1.0
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -439,7 +442,7 @@ def test_muon_refuses_vectors_among_matrices_and_updates_them_alone_as_adamw():
     assert not made("Muon", [vector]).param_groups[0]["use_muon"]
 
 
-@pytest.mark.parametrize("name", ["SOAP", "Muon", "DAdaptAdam", "DAdaptLion"])
+@pytest.mark.parametrize("name", ["SOAP", "Muon", "DAdaptAdam", "DAdaptLion", "ProdigyPlusScheduleFree"])
 def test_what_needs_all_parameters_refuses_bf16(name):
     recipe = recipe_of(name, method="all weights", rank=0, alpha=0.0, targets="all weights", weight_dtype="bf16")
     with pytest.raises(SettingsError, match=f"{name} needs all of them at once"):

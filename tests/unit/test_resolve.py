@@ -75,6 +75,7 @@ SET = {
         "decay_ratio": 0.5,
         "optimizer_args": "eps=1e-6 betas=0.8,0.9",
         "schedule_points": "0:1, 50:0.5",
+        "preset": "Flux character",
     },
     "memory": {
         "checkpointing": "on",
@@ -85,6 +86,7 @@ SET = {
         "recompute": "all but attention",
         "compile": "on",
         "base_dtype": "nf4",
+        "preset": "Flux character",
     },
     "pivotal": {"name": "w", "init_text": "dog", "vectors": 3, "learning_rate": 0.1, "stop_fraction": 0.3},
     "objective": {
@@ -111,6 +113,7 @@ SET = {
         "noise_offset_random_strength": "on",
         "adaptive_noise_scale": 0.1,
         "masked_prior_weight": 1.0,
+        "preset": "Flux character",
     },
     "adapter": {
         "type": "LoHa",
@@ -188,19 +191,20 @@ def test_every_field_arrives_in_the_recipe(kind, name):
         assert (recipe.identity("d", "b") == resolved(without, **widgets).identity("d", "b")) == same_run
 
 
+@pytest.mark.parametrize("node", ["adapter", "optimizer", "memory", "objective"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_fills_what_the_user_leaves_unset(name):
+def test_a_preset_fills_what_the_user_leaves_unset(name, node):
     """The run is the one of the same fields without a preset; what the user sets stays, on either side of the chain."""
     preset, own = {"preset": name}, Options()
     for (node, input), value in PRESETS[name].items():
         own = own.adding(node, {input: value})
     model = {"family": "SDXL" if name.startswith("SDXL") else "SD1"}
-    filled = resolved(Options().adding("adapter", preset), **model)
+    filled = resolved(Options().adding(node, preset), **model)
     assert filled.identity("d", "b") == resolved(own, **model).identity("d", "b")
     assert filled == replace(resolved(own, **model), preset=name)
     assert describe_preset(filled).startswith(f"Preset {name}: ")
     assert all(f"{input} {value}" in describe_preset(filled) for (_, input), value in PRESETS[name].items())
-    mine = Options().adding("adapter", {"targets": "all linear"}).adding("adapter", preset)
+    mine = Options().adding("adapter", {"targets": "all linear"}).adding(node, preset)
     mine = mine.adding("optimizer", {"optimizer": "Lion", "ema_decay": 0.5})
     recipe = resolved(mine, **model)
     assert (recipe.targets, recipe.optimizer, recipe.ema_decay) == ("all linear", "Lion", 0.5)

@@ -43,7 +43,7 @@ class Options(dict):
                 raise SettingsError(f"There is no {node} option '{name}'.", f"Known options: {', '.join(known)}.")
             if value != known[name].unset:
                 check_option(node, name, value)
-                merged[(node, name)] = value
+                merged[(known[name].node, name)] = value
         return merged
 
     def value(self, node: str, name: str, default: Any) -> Any:

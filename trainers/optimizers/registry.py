@@ -247,6 +247,22 @@ class RAdamScheduleFree(AdamWScheduleFree):
         return RAdamScheduleFree
 
 
+class ProdigyPlusScheduleFree(FindsRate, AdamWScheduleFree):
+    """Prodigy with a schedule-free average and a factored second moment, from prodigy-plus-schedule-free."""
+
+    weight_decay = 0.0
+    beta2 = 0.99
+
+    def load(self, recipe):
+        with needs("prodigy-plus-schedule-free"):
+            from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree
+        return ProdigyPlusScheduleFree
+
+    def check(self, recipe):
+        super().check(recipe)
+        AdamWScheduleFree.check(self, recipe)
+
+
 OPTIMIZERS: dict[str, Optimizer] = {
     "AdamW": AdamW(),
     "AdamW8bit": AdamW8bit(),
@@ -273,6 +289,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "Muon": Muon(),
     "DAdaptAdam": DAdaptAdam(),
     "DAdaptLion": DAdaptLion(),
+    "ProdigyPlusScheduleFree": ProdigyPlusScheduleFree(),
 }
 
 

@@ -55,9 +55,8 @@ def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]
         the values it was made with (Prodigy's rate, schedule-free's weights, counts of steps).
     """
     # Not `state_dict`: bitsandbytes packs tensors into nested dicts there.
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots = {}
-    for place, parameter in enumerate(parameters):
+    for place, parameter in enumerate(_parameters(optimizer)):
         if optimizer.state.get(parameter):
             slots[place] = _flat(optimizer.state[parameter])
     groups = []
@@ -67,10 +66,15 @@ def state_of(optimizer: torch.optim.Optimizer) -> tuple[dict[int, dict[str, Any]
 
 
 def _flat(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state with each list of tensors (SOAP) as `name/count` and `name/index`; empty entries are left out."""
+    """Return a state with each list of tensors (SOAP) as `name/count` and `name/index`; empty entries are left out.
+
+    A tuple of numbers (axes of a factored moment) has `name/length` in place of the count.
+    """
     flat = {}
     for name, value in state.items():
-        if isinstance(value, list):
+        if isinstance(value, tuple):
+            flat |= {f"{name}/length": len(value), **{f"{name}/{place}": entry for place, entry in enumerate(value)}}
+        elif isinstance(value, list):
             flat[f"{name}/count"] = len(value)
             for place, entry in enumerate(value):
                 if len(entry):
@@ -87,6 +91,8 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     state = {name: value for name, value in flat.items() if "/" not in name}
     for name in [name.removesuffix("/count") for name in flat if name.endswith("/count")]:
         state[name] = [_entry(flat, f"{name}/{place}") for place in range(flat[f"{name}/count"])]
+    for name in [name.removesuffix("/length") for name in flat if name.endswith("/length")]:
+        state[name] = tuple(flat[f"{name}/{place}"] for place in range(flat[f"{name}/length"]))
     return state
 
 
@@ -114,3 +120,14 @@ def restore_optimizer(
         group.update(kept)
     state = {place: _nested(held) for place, held in slots.items()}
     optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+    # torch casts all to the parameter's dtype, but Prodigy Plus computes with sums in bf16.
+    parameters = _parameters(optimizer)
+    for place, held in state.items():
+        loaded = optimizer.state[parameters[place]]
+        for name, value in held.items():
+            if getattr(value, "dtype", None) != getattr(loaded[name], "dtype", None):
+                loaded[name] = value.to(loaded[name].device)
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -373,3 +373,6 @@ OPTIONS: dict[str, dict[str, Option]] = {
     )
     for node in nodes
 }
+# Each node with fields that presets fill offers them.
+for _node in ("optimizer", "memory", "objective"):
+    OPTIONS[_node]["preset"] = RECIPE_OPTIONS["preset"]
