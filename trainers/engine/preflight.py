@@ -11,10 +11,11 @@ import torch
 from ..errors import ModelError, in_one_line, is_out_of_memory
 from ..formats.adapter import LazyAdapter
 from ..lowrank.layers import grouping, low_rank_layers
-from ..methods import METHODS
+from ..methods import METHODS, eva
+from ..methods.arguments import value_of
 from ..optimizers import OPTIMIZERS
 from ..runs import tensorboard
-from ..steps.step import batch_loss, losses_of, micro_batches
+from ..steps.step import batch_loss, fixed_losses, losses_of, micro_batches, sample_losses
 from .estimate import estimate, say
 from .gradient_check import TOLERANCE, TOLERANCE_HALF, check_gradient
 from .oom_fallback import trees_of
@@ -31,6 +32,8 @@ log = logging.getLogger(__name__)
 
 # Number of batches to search for one whose loss depends on the trainables.
 _TRIED = 64
+# Number of pictures whose layers' inputs EVA sees.
+_SHOWN = 8
 
 
 def check_gradients(plan: Plan, host: Host) -> None:
@@ -73,6 +76,20 @@ def _teaching(plan: Plan, host: Host) -> int:
         return 0
     coming = min(_TRIED, plan.recipe.steps * plan.recipe.accumulation)
     return next((number for number in range(coming) if batch_loss(plan, host, number).requires_grad), 0)
+
+
+def start_at_inputs(plan: Plan, host: Host) -> None:
+    """With eva in adapter_args, start the adapter at the main directions of its inputs on some pictures.
+
+    All processes do it, because they share weights. The values of the main process count.
+    """
+    if not value_of(plan.recipe, "eva"):
+        return
+    items = plan.train[:: max(1, len(plan.train) // _SHOWN)][:_SHOWN]
+    recipe = replace(plan.recipe, micro_batch=1)
+    measure = sample_losses(plan)
+    count, total = eva.start_at_inputs(trees_of(plan, host), lambda: fixed_losses(items, recipe, host, measure))
+    log.info("Graft: EVA started %d of %d layers at the main directions of their inputs.", count, total)
 
 
 def share_inputs(plan: Plan, host: Host, number: int) -> None:

@@ -258,7 +258,7 @@ def _train(session: _Session, state: State) -> Result:
     from .kept import Kept, keep_tree, take_tree
     from .loop import train
     from .oom_fallback import place_weights
-    from .preflight import check_gradients, check_keys, check_packages
+    from .preflight import check_gradients, check_keys, check_packages, start_at_inputs
 
     recipe, host, run = session.recipe, session.host, session.run
     check_packages(recipe, session.is_sharded)
@@ -277,6 +277,8 @@ def _train(session: _Session, state: State) -> Result:
             check_keys(plan, host)
         _write_run(session, plan, state.step, _facts(session, prepared, block_count))
         plan = place_weights(plan, run, host, session.modules.read_later())
+        if state.step == 0 and session.task.start is None:
+            start_at_inputs(plan, host)
         if state.step == 0 and plan.shards is None:
             check_gradients(plan, host)
         writes_events = recipe.tensorboard == "on" and host.group.is_main

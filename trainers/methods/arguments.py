@@ -42,6 +42,7 @@ ARGUMENTS = {
     "module_dropout": _FRACTION,
     "scale_weight_norms": Argument(float, 1e-4, 1e4),
     "lora_fa": _SWITCH,
+    "eva": _SWITCH,
     "train_norm": _SWITCH,
     "train_bias": _SWITCH,
 }
@@ -50,7 +51,6 @@ BESIDE = ("train_norm", "train_bias")
 # Variants that no type has, with the reason.
 _REFUSED = {
     "t_lora": "T-LoRA's rank depends on the timestep, and no file that ComfyUI reads says so",
-    "eva": "EVA needs the layers' inputs on the dataset before the first step",
 }
 
 

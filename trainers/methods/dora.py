@@ -103,7 +103,7 @@ class DoRA(LoRA):
     name = "DoRA"
     needs_base = True
     is_linear = False
-    arguments = BESIDE
+    arguments = ("eva", *BESIDE)
     variant = {"use_dora": True}
 
     def start_value(self, stem: str, layer: nn.Module, shape: torch.Size, seed: int, name: str) -> torch.Tensor:

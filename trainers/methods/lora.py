@@ -53,7 +53,7 @@ class LoRA(PeftMethod):
     lora_plus_params = frozenset({"lora_B"})
     scale_param = "lora_B"
     has_dropout = True
-    arguments = ("rank_dropout", "module_dropout", "scale_weight_norms", "use_tucker", "lora_fa", *BESIDE)
+    arguments = ("rank_dropout", "module_dropout", "scale_weight_norms", "use_tucker", "lora_fa", "eva", *BESIDE)
     is_linear = True
     variant: dict[str, Any] = {}
 
