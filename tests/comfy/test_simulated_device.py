@@ -258,6 +258,21 @@ def test_variants_train_as_on_the_cpu(method, arguments, tmp_path):
     check_as_on_the_cpu(tmp_path, lambda device: training_on(device, "SD1", method=method, **fields))
 
 
+@forked
+def test_eva_starts_as_on_the_cpu():
+    from graft_pack.trainers.engine.preflight import start_at_inputs
+
+    started = []
+    for device in (CPU, gpu().device):
+        with training_on(device, "Flux", adapter_args=(("eva", True),), rank=4) as training:
+            before = models.joined(one.detach().cpu().clone() for one in training.plan.trainables.values())
+            start_at_inputs(training.plan, training.host)
+            started.append(models.joined(one.detach().cpu() for one in training.plan.trainables.values()))
+            assert models.distance(started[-1], before) > 0.5
+    # The last directions of few inputs are within rounding of each other.
+    assert models.distance(started[1], started[0]) <= 1e-3
+
+
 @pytest.mark.parametrize("family", ["SD1", "SDXL", "SD3"])
 @forked
 def test_families_train_as_on_the_cpu(family, tmp_path):
