@@ -1,7 +1,5 @@
 """The pack's ComfyUI extension: the list of its nodes."""
 
-from __future__ import annotations
-
 from comfy_api.latest import ComfyExtension
 
 from . import adapter, class_images, compare, dataset, imports, job, options, save, tools, train

@@ -1,7 +1,5 @@
 """Nodes that apply, load and save adapters and embeddings."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..trainers.formats.adapter import FORMATS, save_adapter

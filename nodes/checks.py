@@ -1,7 +1,5 @@
 """Input checks of the nodes: widget values before a prompt runs, and linked values when a node executes."""
 
-from __future__ import annotations
-
 import inspect
 import math
 from collections.abc import Callable, Mapping

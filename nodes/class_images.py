@@ -1,7 +1,5 @@
 """Nodes that draw images of a class and add them to those of a subject."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..trainers.data import class_images, prior

@@ -1,7 +1,5 @@
 """The node that draws the same prompts with several adapters."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io, ui
 
 from . import inputs

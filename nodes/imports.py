@@ -1,7 +1,5 @@
 """The node that imports the settings of other trainers."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..trainers.engine.imports.settings import import_settings, recognize

@@ -1,7 +1,5 @@
 """Inputs and outputs that several nodes share."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from comfy_api.latest import io

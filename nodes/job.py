@@ -1,7 +1,5 @@
 """The node that exports a training for other machines."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from . import inputs

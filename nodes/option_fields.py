@@ -1,7 +1,5 @@
 """Base class and widgets of the option nodes: ranges, choices and checks of their options, and the merge upstream."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

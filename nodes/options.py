@@ -1,7 +1,5 @@
 """Option nodes: settings that most users never touch, chained in front of a trainer."""
 
-from __future__ import annotations
-
 from comfy_api.latest import io
 
 from ..trainers.engine.resolve import Options

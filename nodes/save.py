@@ -1,7 +1,5 @@
 """Nodes that write pictures and captions of the graph into dataset folders, and give a dataset's pictures to it."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import repeat
 

@@ -1,7 +1,5 @@
 """The pack's socket types, additions to ComfyUI's schema classes, and the node and input in error messages."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Nodes that train."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from comfy_api.latest import io

@@ -1,7 +1,5 @@
 """Declarations of options: unset value, range or choices, default, and part in a run's identity."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, replace
 from typing import Any

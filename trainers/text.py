@@ -1,7 +1,5 @@
 """Checks of texts and file names, with the same result on every operating system, and short texts of lists."""
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

@@ -73,6 +73,8 @@ class Training:
     widgets: dict = field(default_factory=dict)
     # True if prompts contain the trigger.
     told: bool = True
+    # Pictures of its row. Noise is large in a file, and one shows it.
+    shown: int = len(PROMPTS)
 
 
 LORA = {"steps": 150, "learning_rate": 2e-3, "rank": 8, "batch_size": 4}
@@ -98,7 +100,7 @@ METHODS = {
 # The last is the same LoRA, drawn without its trigger.
 FAILURES = {
     "over": Training("over-trained", widgets={**LORA, "steps": 1500, "seed": 1}),
-    "rate": Training("rate too high", widgets={**LORA, "steps": 40, "learning_rate": 0.1}),
+    "rate": Training("rate too high", widgets={**LORA, "steps": 40, "learning_rate": 0.1}, shown=1),
     "untold": Training("no trigger", widgets=LORA, told=False),
 }
 
@@ -199,7 +201,7 @@ def save(sheet, path):
 def rows_of(made, names):
     """Return [(label, pictures)] of trainings."""
     every = {**METHODS, **FAILURES}
-    return [(every[name].label.replace(" ", "\n", 1), made[name][0]) for name in names]
+    return [(every[name].label.replace(" ", "\n", 1), made[name][0][: every[name].shown]) for name in names]
 
 
 def describe(made):

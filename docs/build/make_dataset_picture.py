@@ -23,11 +23,11 @@ from tests.support.server import ComfyServer, link
 
 from .make_help_pictures import FILE
 
-WINDOW = (1440, 760)
+WINDOW = (1440, 590)
 STEPS = 60
 # A wrong caption, so that a loss stands out.
 WRONG = {"02": "a large red ring on a pink background"}
-WIDTH = 800
+WIDTH = 560
 
 
 def main():

@@ -1,7 +1,5 @@
 """Folders of datasets and pictures: below ComfyUI's input folder, or below folders that the user allowed."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 

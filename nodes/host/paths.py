@@ -1,7 +1,5 @@
 """Paths of the pack's output, of adapters and of embeddings, all below ComfyUI's own folders."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable

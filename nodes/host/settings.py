@@ -1,7 +1,5 @@
 """The user's values from ComfyUI's settings dialog, read from the file that ComfyUI keeps them in."""
 
-from __future__ import annotations
-
 import logging
 import os
 from typing import Any

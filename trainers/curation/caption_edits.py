@@ -1,7 +1,5 @@
 """Captions edited in a page, written beside their pictures."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections import Counter

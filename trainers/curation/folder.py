@@ -1,7 +1,5 @@
 """Access to the files of a dataset's folder by the names that a page sends, which are untrusted."""
 
-from __future__ import annotations
-
 import os
 import threading
 

@@ -1,7 +1,5 @@
 """Checks of files that were just added to a dataset's folder."""
 
-from __future__ import annotations
-
 import posixpath
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass

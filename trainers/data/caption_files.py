@@ -1,7 +1,5 @@
 """Caption files and metadata tables in a folder, and the pictures that they belong to."""
 
-from __future__ import annotations
-
 import posixpath
 from collections.abc import Callable, Collection
 

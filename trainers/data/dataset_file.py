@@ -1,7 +1,5 @@
 """The user's choices about a dataset's pictures, in one small file in its folder."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass, field
 

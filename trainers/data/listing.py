@@ -1,7 +1,5 @@
 """Listing of the files in a folder and below it; reads no file's content."""
 
-from __future__ import annotations
-
 import functools
 import os
 import posixpath

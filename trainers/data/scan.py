@@ -1,7 +1,5 @@
 """Scan of a folder, or of pictures from a node's inputs, into a dataset with captions, masks and repeats."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@ A job holds no pictures and no base weights. It names the base by its files' nam
 as untrusted input.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

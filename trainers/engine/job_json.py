@@ -1,7 +1,5 @@
 """Recipes and datasets of exported jobs as JSON, decoded strictly."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from typing import Any

@@ -1,7 +1,5 @@
 """Atomic writes: a reader never sees half of a file or folder, and nothing is written through a link."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

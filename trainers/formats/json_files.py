@@ -1,7 +1,5 @@
 """JSON files, parsed strictly and written atomically, with checksums for Graft's own."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Checks of peft's configuration of an adapter, and peft's names of its tensors."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import Any

@@ -1,7 +1,5 @@
 """Peak memory of a function, in bytes: from its tensors, the device's allocator or the operating system."""
 
-from __future__ import annotations
-
 import functools
 import gc
 import weakref

@@ -1,15 +1,12 @@
 """Training methods: adapter types, full fine-tuning and none. All are registered here."""
 
-from __future__ import annotations
-
-from .base import Method
+from .base import Method, NoMethod
 from .dora import DoRA
 from .full import FullFineTune
 from .glora import GLoRA
 from .ia3 import IA3
 from .lora import LoCon, LoRA, RsLoRA
 from .lycoris import LoHa, LoKr
-from .none import NoMethod
 from .oft import BOFT, OFT
 from .pissa import PiSSA
 

@@ -1,4 +1,4 @@
-"""The interface that every training method implements."""
+"""The interface that every training method implements, and the method that trains nothing in the model."""
 
 from __future__ import annotations
 
@@ -197,3 +197,48 @@ class Method:
     ) -> PeftAdapter | None:
         """Return the export in peft's format for the formats that need it, or None if peft has no such format."""
         return None
+
+
+# Options of adapters, with their values if the user sets none.
+_OF_ADAPTERS = {
+    "alpha": 0.0,
+    "target_patterns": (),
+    "targets": "attention",
+    "dropout": 0.0,
+    "block_ranks": (),
+    "block_learning_rates": (),
+    "lora_plus_ratio": 1.0,
+    "adapter_args": (),
+    "text_encoder": False,
+    "start_from": "",
+}
+
+
+class NoMethod(Method):
+    """No adapter: the model stays frozen while an embedding is trained."""
+
+    name = "embedding"
+    ranked = False
+    trains_model = False
+
+    def check(self, recipe):
+        """Raise SettingsError if the recipe sets an option of adapters."""
+        for field, unset in _OF_ADAPTERS.items():
+            if getattr(recipe, field) != unset:
+                raise SettingsError(
+                    f"{field} is set, but this node trains no adapter: it would have no effect.",
+                    "Remove Graft Adapter Options from this node's options.",
+                    "options",
+                )
+
+    def targets(self, module, family, recipe):
+        """Return no targets."""
+        return []
+
+    def inject(self, module, targets, recipe):
+        """Add nothing."""
+        return {}
+
+    def groups(self, trainables, recipe):
+        """Return no groups."""
+        return []

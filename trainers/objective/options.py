@@ -1,7 +1,5 @@
 """Options of the objective: timesteps, noise, weighting and loss that differ from the model's own."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """The optimizers: one small class for each, and their registry. Their libraries are imported on demand."""
 
-from __future__ import annotations
-
 from ..errors import SettingsError
 from .libraries import PACKAGE, ByName, LibraryOptimizer, of_pytorch_optimizer
 from .optimizer import Optimizer, ScheduleFreeAverage, needs

@@ -1,7 +1,5 @@
 """Batch order as a pure function of seed and position, so that resuming needs no state."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Prompts of sample pictures have settings of their own, in the syntax of sd-scripts.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Sequence

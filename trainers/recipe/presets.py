@@ -1,7 +1,5 @@
 """Presets: values of options for a purpose, which fill the fields that the user leaves unset."""
 
-from __future__ import annotations
-
 from typing import Any
 
 # {(node, input): value} by preset. docs/sources.md names the source of each.

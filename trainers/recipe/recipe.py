@@ -1,7 +1,5 @@
 """Recipe: all settings of a run with every default filled in, and the run identity that follows from them."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Title and note that the user gives a run, stored in its folder."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import asdict, dataclass
 

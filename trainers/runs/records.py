@@ -1,7 +1,5 @@
 """Read-only access to the runs on disk, with strict checks of every file."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable

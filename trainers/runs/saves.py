@@ -1,7 +1,5 @@
 """Saves of a run: one file per step in the run's folder. Picking a save copies it to where the host's loaders look."""
 
-from __future__ import annotations
-
 import filecmp
 import math
 import os

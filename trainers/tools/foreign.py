@@ -1,7 +1,5 @@
 """Kinds of files that Graft cannot apply, recognized by their keys."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """A slider from a node's texts, or from a dataset of pairs."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from ....trainers.data.examples import Dataset, Example, PriorTarget

@@ -1,7 +1,5 @@
 """Check of a job folder: list all that this machine lacks to run it, before anything starts."""
 
-from __future__ import annotations
-
 import logging
 import os
 import shutil

@@ -1,7 +1,5 @@
 """README of an exported job: the files that it needs, and the commands that check and run it elsewhere."""
 
-from __future__ import annotations
-
 import os
 import shlex
 from typing import Any

@@ -1,7 +1,5 @@
 """Patches of ComfyUI for training: no kernels without a backward, the training flag, outputs that stay in place."""
 
-from __future__ import annotations
-
 import functools
 import importlib
 from collections.abc import Callable, Iterator

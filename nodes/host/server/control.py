@@ -1,7 +1,5 @@
 """User commands to running trainings: stop and keep, save now, pause."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import statistics

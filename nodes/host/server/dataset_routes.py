@@ -25,8 +25,6 @@ POST /graft/dataset/mask?folder=F&name=N&masks=&mask_folder=   body: PNG of the 
 Requests are checked as in `routes`. Only files in the named folder are written.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import itertools

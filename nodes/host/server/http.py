@@ -1,7 +1,5 @@
 """Shared parts of the pack's HTTP routes: checks of a request, error responses, work in threads."""
 
-from __future__ import annotations
-
 import asyncio
 import ipaddress
 import json

@@ -1,7 +1,5 @@
 """Messages to the browser through ComfyUI's server, if there is one."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import threading

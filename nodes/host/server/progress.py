@@ -1,7 +1,5 @@
 """Training progress in the browser and the terminal, and the user's interruption."""
 
-from __future__ import annotations
-
 import logging
 import statistics
 import time

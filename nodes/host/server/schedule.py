@@ -1,7 +1,5 @@
 """Hours in which trainings do not run, by prompt, in the time zone of the machine that runs ComfyUI."""
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass

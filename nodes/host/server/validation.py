@@ -3,8 +3,6 @@
 A node's `validate_inputs` answers for all inputs in its signature, and ComfyUI repeats that answer at each of them.
 """
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Mapping

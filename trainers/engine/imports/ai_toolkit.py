@@ -3,8 +3,6 @@
 Sources: `config_modules.py`, `optimizer.py`, `scheduler.py`, `custom_flowmatch_sampler.py` of ai-toolkit 27a03a9.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from ...errors import SettingsError

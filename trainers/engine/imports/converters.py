@@ -5,8 +5,6 @@ dataset node (`dataset.flip`), or to "" if another field's converter reads it. A
 and returns values by target. It raises SettingsError for a value that Graft does not have.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

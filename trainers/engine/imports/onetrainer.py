@@ -3,8 +3,6 @@
 Sources: `TrainConfig.py`, `create.py`, `lr_scheduler_util.py`, `ModelSetupNoiseMixin.py` of OneTrainer 23df383.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

@@ -4,8 +4,6 @@ Sources: `train_util.py`, `train_network.py`, `networks/`, `flux_train_utils.py`
 kohya_ss 45088f0.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Import of other trainers' settings: options, values of a trainer's widgets, and a report of both."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any

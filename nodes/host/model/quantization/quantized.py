@@ -1,7 +1,5 @@
 """Training through ComfyUI's Linears with quantized weights: of mixed precision, and of older scaled fp8."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import comfy.ops
