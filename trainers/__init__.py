@@ -1,1 +1,0 @@
-"""Training without ComfyUI: data, objective, method, loop, run and file formats. Nothing here imports ComfyUI."""

@@ -1,1 +1,0 @@
-"""The only package that imports ComfyUI. It implements the protocols of `trainers`."""

@@ -1,1 +1,0 @@
-"""Edits of a dataset's folder: captions, masks, choices, pictures; what a page shows of it."""

@@ -1,1 +1,0 @@
-"""Datasets: folder scans, captions, masks, buckets and class images."""

@@ -1,1 +1,0 @@
-"""Training with several processes, through accelerate and FSDP2."""

@@ -1,1 +1,0 @@
-"""One training from recipe to adapter: session, loop, updater, checks, fallbacks."""

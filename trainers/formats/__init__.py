@@ -1,1 +1,0 @@
-"""File formats: safetensors and JSON, adapters, embeddings and their metadata."""

@@ -1,1 +1,0 @@
-"""Reports on a dataset before training: findings, contact sheet, near duplicates, warnings."""

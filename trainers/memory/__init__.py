@@ -1,1 +1,0 @@
-"""Device memory: autograd helpers, checkpointing, offloading, byte counts, out-of-memory errors."""

@@ -1,1 +1,0 @@
-"""The training objective: parameterization, timesteps, noise, weighting and loss."""

@@ -1,1 +1,0 @@
-"""Preprocessing of examples into batches: crops, latents, conditionings, caches, the sampler, prefetching."""

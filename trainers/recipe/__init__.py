@@ -1,1 +1,0 @@
-"""Recipe of a run: all of its options, and its identity."""

@@ -1,1 +1,0 @@
-"""Runs on disk: folders, checkpoints, records, history, loss statistics."""

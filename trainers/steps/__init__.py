@@ -1,1 +1,0 @@
-"""A training step: its plan, its batches, its loss."""

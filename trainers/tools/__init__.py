@@ -1,1 +1,0 @@
-"""Tools for trained adapters: merge, resize, extract, inspect, compare and plot."""

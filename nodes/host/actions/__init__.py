@@ -1,1 +1,0 @@
-"""Implementations of the nodes, one file per action."""

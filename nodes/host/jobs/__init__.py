@@ -1,1 +1,0 @@
-"""Training in separate processes: launcher, worker, provenance of the model."""

@@ -1,1 +1,0 @@
-"""ComfyUI models for training: denoiser, text encoder, VAE, LoRA, patches of ComfyUI."""

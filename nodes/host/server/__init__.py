@@ -1,1 +1,0 @@
-"""Communication with ComfyUI's page: messages, commands, progress, routes."""

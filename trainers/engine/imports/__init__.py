@@ -1,1 +1,0 @@
-"""Import of the settings of other trainers."""

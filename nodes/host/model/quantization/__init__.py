@@ -1,1 +1,0 @@
-"""Layers of ComfyUI and of other packs whose weights are quantized."""
