@@ -220,6 +220,13 @@ def test_without_a_prior_it_is_a_training_on_the_prompt_alone(server, tiny_base,
     text = text_of(server.run(dreambooth(folder.name, f"{name} circle", prior="differential")))
     assert f"The class is held to the base model's predictions for '{name} circle', weight 1" in text
     assert len(runs.list_runs(server, folder.name)) == 2
+    for prior, class_prompt, target in (
+        ("differential, several prompts", f"{name} circle | ", f"'{name} circle', ''"),
+        ("differential, by caption", f"{name} circle", f"'{name} circle' in place of "),
+    ):
+        text = text_of(server.run(dreambooth(folder.name, class_prompt, prior=prior)))
+        assert f"predictions for {target}" in text and "2 steps trained" in text
+    assert len(runs.list_runs(server, folder.name)) == 4
     assert not folders(server, name)
 
 

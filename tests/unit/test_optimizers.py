@@ -219,7 +219,7 @@ def references(parameter):
     from lion_pytorch import Lion
     from prodigyopt import Prodigy
     from prodigyplus.prodigy_plus_schedulefree import ProdigyPlusScheduleFree
-    from schedulefree import AdamWScheduleFree, RAdamScheduleFree
+    from schedulefree import AdamWScheduleFree, RAdamScheduleFree, SGDScheduleFree
     from transformers.optimization import Adafactor
 
     common = {"lr": 0.02, "weight_decay": 0.1}
@@ -236,6 +236,7 @@ def references(parameter):
         "CAME": lambda: CAME([parameter], betas=(*betas, 0.9999), **common),
         "AdamWScheduleFree": lambda: AdamWScheduleFree([parameter], betas=betas, **common),
         "RAdamScheduleFree": lambda: RAdamScheduleFree([parameter], betas=betas, **common),
+        "SGDScheduleFree": lambda: SGDScheduleFree([parameter], momentum=0.8, **common),
         "RAdam": lambda: torch.optim.RAdam([parameter], betas=betas, **common),
         "SGD": lambda: torch.optim.SGD([parameter], **common),
         "Lion8bit": lambda: Lion8bit([parameter], betas=betas, **common),
@@ -332,7 +333,7 @@ def test_each_of_pytorch_optimizer_continues_from_its_state(name):
 
 # Learning rates for convergence in the steps below; Prodigy finds its own.
 RATES = {"Lion": 8e-3, "Prodigy": 1.0, "DAdaptAdam": 1.0, "DAdaptLion": 1.0, "AdamWScheduleFree": 5e-2}
-RATES["ProdigyPlusScheduleFree"] = 1.0
+RATES |= {"ProdigyPlusScheduleFree": 1.0, "SGDScheduleFree": 0.2}
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -199,6 +199,30 @@ def test_class_images_reach_the_loop_with_weight_and_without_trigger(tmp_path):
         assert item.show(None).prior_target is None, "validation measures the subject alone"
 
 
+@pytest.mark.parametrize("kind", [prior.SEVERAL, prior.BY_CAPTION])
+def test_each_visit_gets_a_class_prompt(tmp_path, kind):
+    """Several are drawn alike often and the same again; that of a caption follows the visit's own caption."""
+    words = {prior.SEVERAL: "a picture|a drawing|", prior.BY_CAPTION: "a thing"}[kind]
+    dataset = replace(make_dataset(2), trigger="sks")
+    dataset = prior.add_prior_target(dataset, words, 0.25, kind)
+    recipe = models.recipe("SD1", resolution=64, steps=60)
+    prepared = prepare(dataset, recipe, make_host(), Folders("", str(tmp_path), "", ""))
+    encoder = WordEncoder()
+    drawn = []
+    for visit in range(60):
+        shown = prepared.training[0].show(visit)
+        own = "a thing, " + dataset.examples[0].captions[0]
+        prompts = words.split("|") if kind == prior.SEVERAL else [own]
+        held = shown.prior_target.conditioning.tensors["cross_attn"]
+        same = [torch.equal(held, encoder.encode(prompt)["cross_attn"]) for prompt in prompts]
+        assert sum(same) == 1
+        drawn.append(same.index(True))
+        again = prepared.training[0].show(visit).prior_target.conditioning.tensors["cross_attn"]
+        assert torch.equal(again, held)
+    counts = [drawn.count(place) for place in range(len(prompts))]
+    assert min(counts) >= 60 / len(prompts) / 2
+
+
 def test_validation_holds_no_class_image_out(tmp_path):
     recipe = models.recipe("SD1", resolution=64, validation_fraction=0.5)
     prepared = prepare(with_classes(), recipe, make_host(), Folders("", str(tmp_path), "", ""))

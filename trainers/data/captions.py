@@ -209,9 +209,17 @@ def with_trigger(caption: str, trigger: str) -> str:
 
 def holds_words(caption: str, words: str) -> bool:
     """Return True if a caption holds `words` as whole words, regardless of case and Unicode form."""
+    return _whole(words).search(composed(caption)) is not None
+
+
+def replace_words(caption: str, words: str, others: str) -> str:
+    """Return a caption with other words in place of `words`, which are found as by `holds_words`."""
+    return _whole(words).sub(lambda _: others, composed(caption))
+
+
+def _whole(words: str) -> re.Pattern:
     words = composed(words)
-    pattern = starts_word(words) + re.escape(words) + ends_word(words)
-    return re.search(pattern, composed(caption), re.IGNORECASE) is not None
+    return re.compile(starts_word(words) + re.escape(words) + ends_word(words), re.IGNORECASE)
 
 
 def unvaried_caption(example: Example) -> str:

@@ -77,10 +77,18 @@ class PriorTarget:
     Attributes:
         prompt: the class prompt, literal; the frozen base's own prediction for it is the target.
         weight: of the prior loss; the example's own loss has weight 1.
+        others: further class prompts; each visit draws one of all.
+        replaced: words of a caption; with the prompt in their place it is the class prompt. Empty for the prompt alone.
     """
 
     prompt: str
     weight: float
+    others: tuple[str, ...] = ()
+    replaced: str = ""
+
+    def __str__(self):
+        prompts = "', '".join((self.prompt, *self.others))
+        return f"'{prompts}'" + (f" in place of '{self.replaced}'" if self.replaced else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +271,9 @@ def _later_marks(example: Example) -> list:
     if example.prior or example.weight != 1.0:
         marks.append(["prior" if example.prior else "weight", example.weight])
     if example.anchor is not None:
-        marks.append(["anchor", example.anchor.prompt, example.anchor.weight])
+        anchor = example.anchor
+        later = [anchor.others, anchor.replaced] if anchor.others or anchor.replaced else []
+        marks.append(["anchor", anchor.prompt, anchor.weight, *later])
     if example.control is not None:
         marks.append(["control", *(source.digest for source in example.sources)])
     if example.center is not None:

@@ -14,10 +14,11 @@ from . import captions
 from .examples import Dataset, PriorTarget, combine, shortened
 
 if TYPE_CHECKING:
-    from .examples import Example, LeftOut
+    from .examples import EncodedPrompt, Example, LeftOut
 
 
-PRIORS = ("class images", "differential")
+SEVERAL, BY_CAPTION = "differential, several prompts", "differential, by caption"
+PRIORS = ("class images", "differential", SEVERAL, BY_CAPTION)
 
 
 def add_class_images(dataset: Dataset, class_dataset: Dataset, weight: float) -> Dataset:
@@ -69,22 +70,58 @@ def _refuse_subject(dataset: Dataset, classes: Sequence[Example]) -> None:
                 )
 
 
-def add_prior_target(dataset: Dataset, class_prompt: str, weight: float) -> Dataset:
+def add_prior_target(dataset: Dataset, class_prompt: str, weight: float, kind: str = "differential") -> Dataset:
     """Give each example of the subject a prior target: the frozen base's own prediction for a class prompt.
 
     The loss l of an example becomes l + weight |eps(x_t, class prompt) - eps_base(x_t, class prompt)|^2, on the same
     noised latent x_t. This needs no class images, and a step costs about twice as much. Weight 0 returns the dataset
     unchanged.
 
+    Args:
+        class_prompt: for SEVERAL, prompts between `|`, of which each visit draws one; an empty one is the empty prompt.
+            For BY_CAPTION, the words that replace the dataset's trigger in each caption (ai-toolkit).
+        kind: one of PRIORS.
+
     Raises:
         SettingsError: the class prompt is empty.
+        DatasetError: a caption does not have the words to replace.
     """
     if weight == 0.0:
         return dataset
-    prompt = checked_prompt(class_prompt, "class_prompt")
-    target = PriorTarget(prompt, weight)
+    first, *others = (
+        [" ".join(part.split()) for part in class_prompt.split("|")] if kind == SEVERAL else (class_prompt,)
+    )
+    prompt = first if kind == SEVERAL else checked_prompt(class_prompt, "class_prompt")
+    target = PriorTarget(prompt, weight, tuple(others), dataset.trigger if kind == BY_CAPTION else "")
+    if kind == BY_CAPTION:
+        _refuse_without(dataset)
     rows = (example if example.prior else replace(example, anchor=target) for example in dataset.examples)
     return replace(dataset, examples=tuple(rows))
+
+
+def _refuse_without(dataset: Dataset) -> None:
+    """Raise DatasetError if a caption lacks the dataset's trigger: its class prompt would still mean the subject."""
+    for example in dataset.examples:
+        if example.prior or example.encoded is not None:
+            continue
+        for caption in example.captions:
+            if not (
+                dataset.trigger
+                and captions.holds_words(captions.with_trigger(caption, example.trigger), dataset.trigger)
+            ):
+                raise DatasetError(
+                    f"The caption '{caption}' of '{example.source.name}' does not contain '{dataset.trigger}', which "
+                    "class_prompt would replace.",
+                    "Set the trigger of Graft Load Dataset to the words for the subject in all captions.",
+                    "dataset",
+                )
+
+
+def class_prompts(target: PriorTarget, prompt: str | EncodedPrompt) -> tuple[str, ...]:
+    """Return the class prompts for an example's prompt. A visit draws one of them."""
+    if target.replaced and isinstance(prompt, str):
+        return (captions.replace_words(prompt, target.replaced, target.prompt),)
+    return (target.prompt, *target.others)
 
 
 def checked_prompt(prompt: str, input: str) -> str:

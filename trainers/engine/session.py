@@ -131,7 +131,8 @@ def task_of(recipe: Recipe, dataset: Dataset, host: Host, folders: Folders) -> T
 def _embedded(recipe: Recipe, dataset: Dataset, host: Host) -> str:
     """Return a hash of the embedding files that captions, class prompts and the embedding's init text use."""
     examples = dataset.examples
-    class_prompts = dict.fromkeys(example.anchor.prompt for example in examples if example.anchor is not None)
+    anchors = (example.anchor for example in examples if example.anchor is not None)
+    class_prompts = dict.fromkeys(prompt for anchor in anchors for prompt in (anchor.prompt, *anchor.others))
     texts = dict.fromkeys(text for example in examples for text in (*example.captions, example.trigger))
     # The trained embedding is not a file, even if an earlier training has left a file of its name.
     own = (recipe.embedding_name,) if recipe.embedding_name else ()

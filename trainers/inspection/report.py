@@ -270,9 +270,9 @@ def _prior_lines(rows: Sequence[Finding], epoch: int) -> list[str]:
             f"Plus {len(classes)} class images, weight {weights}; an epoch shows {epoch} of them, in turn. "
             f"Their captions: {join_first(texts, _LISTED)}"
         )
-    targets = sorted({(a.prompt, a.weight) for row in rows if (a := row.example.anchor) is not None})
+    targets = sorted({(str(a), a.weight) for row in rows if (a := row.example.anchor) is not None})
     lines += [
-        f"Prior target: the model's own prediction for '{prompt}', weight {weight:g}." for prompt, weight in targets
+        f"Prior target: the model's own prediction for {prompt}, weight {weight:g}." for prompt, weight in targets
     ]
     return lines
 

@@ -91,6 +91,29 @@ def mixed(error: torch.Tensor, l1_fraction: float) -> torch.Tensor:
     return (1 - l1_fraction) * squared(error) + l1_fraction * absolute(error)
 
 
+def multi_scale(error: torch.Tensor) -> torch.Tensor:
+    """Return e^2 plus f times the square of e's mean over f x f positions, for f = 2, 4, ... (Hoogeboom et al. 2023).
+
+    These means are the low band of Haar's wavelet, down to 32 positions on the shorter side. The paper's 1/s for a
+    scale of s positions is 1 here for the finest one.
+
+    Args:
+        error: [B, C, ..., height, width].
+    """
+    from torch.nn.functional import avg_pool2d
+
+    height, width = error.shape[-2:]
+    planes = error.reshape(-1, 1, height, width)
+    total = planes**2
+    factor = 2
+    while min(height, width) >= 32 * factor:
+        coarse = factor * avg_pool2d(planes, factor, ceil_mode=True) ** 2
+        fine = coarse.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
+        total = total + fine[..., :height, :width]
+        factor *= 2
+    return total.reshape(error.shape)
+
+
 # The losses that the widget offers. Huber and smooth L1 also take a width, which follows the noise level.
 LOSSES: dict[str, Callable] = {
     "MSE": squared,
@@ -99,6 +122,7 @@ LOSSES: dict[str, Callable] = {
     "smooth L1": smooth_l1,
     "log-cosh": log_cosh,
     "MSE + L1": mixed,
+    "multi-scale": multi_scale,
 }
 HUBER = ("Huber", "smooth L1")
 

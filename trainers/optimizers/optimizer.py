@@ -24,7 +24,7 @@ class ScheduleFreeAverage:
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: list):
         self._optimizer = optimizer
         self._parameters = parameters
-        self._beta1 = optimizer.defaults["betas"][0]
+        self._beta1 = optimizer.defaults.get("momentum") or optimizer.defaults["betas"][0]
         self._kept: list[torch.Tensor] = []
 
     @property

@@ -245,6 +245,22 @@ class RAdamScheduleFree(AdamWScheduleFree):
         return RAdamScheduleFree
 
 
+class SGDScheduleFree(AdamWScheduleFree):
+    """SGD that averages the weights instead of lowering the rate, from schedulefree. beta1 is its momentum."""
+
+    rate_factor = 1000.0
+    weight_decay = 0.0
+    beta2 = 0.0
+
+    def load(self, recipe):
+        with needs("schedulefree"):
+            from schedulefree import SGDScheduleFree
+        return SGDScheduleFree
+
+    def build(self, groups, recipe, betas, **values):
+        return super().build(groups, recipe, momentum=betas[0], **values)
+
+
 class ProdigyPlusScheduleFree(FindsRate, AdamWScheduleFree):
     """Prodigy with a schedule-free average and a factored second moment, from prodigy-plus-schedule-free."""
 
@@ -288,6 +304,7 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "DAdaptAdam": DAdaptAdam(),
     "DAdaptLion": DAdaptLion(),
     "ProdigyPlusScheduleFree": ProdigyPlusScheduleFree(),
+    "SGDScheduleFree": SGDScheduleFree(),
 }
 
 

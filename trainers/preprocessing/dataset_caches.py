@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..data import captions
 from ..data.buckets import Crop
 from ..data.examples import LeftOut
+from ..data.prior import class_prompts
 from ..errors import SettingsError
 from ..formats.atomic import refuse_links
 from ..protocols import HOLE
@@ -205,13 +206,16 @@ class CacheFiller:
         for cropped in training:
             if cropped.example.anchor is not None:
                 for crop in cropped.all_crops():
-                    yield cropped.example.anchor.prompt, cropped, crop
+                    for prompt in class_prompts(cropped.example.anchor, ""):
+                        yield prompt, cropped, crop
         crops = [(cropped, crop) for cropped in training for crop in cropped.crops]
         for (cropped, crop), visits in zip(crops, self._visits(crops), strict=True):
+            anchor = cropped.example.anchor
             for text in self._captions_of(cropped, crop, visits, picture_count):
-                yield text, cropped, crop
-                if cropped.example.handling.flip:
-                    yield text, cropped, crop.mirrored()
+                for prompt in (text, *(class_prompts(anchor, text) if anchor is not None else ())):
+                    yield prompt, cropped, crop
+                    if cropped.example.handling.flip:
+                        yield prompt, cropped, crop.mirrored()
 
     def fill_previews(self, previews: list[PreviewSources | None]) -> None:
         """Encode the source pictures of the sample pictures, and the prompts that the text encoder sees with them.

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ..data import captions
+from ..data.prior import class_prompts
 from ..protocols import Conditioning
 from ..rng import generator, stream_seed
 from .items import DatasetItem, Sample
@@ -89,7 +90,8 @@ class SampleReader:
         weight = self._weight(example, drawn, latent)
         prior_target = None
         if visit is not None and example.anchor is not None:
-            prompt = example.anchor.prompt
+            prompts = class_prompts(example.anchor, caption)
+            prompt = prompts[stream_seed("class", self._recipe.seed, cropped.stream(crop), visit) % len(prompts)]
             target_conditioning = self._conditioning(prompt, cropped, drawn, images)
             prior_target = Sample(latent, target_conditioning, weight, self._live(prompt), example.anchor.weight)
         paired = self._paired_latent(cropped, crop, drawn, visit)

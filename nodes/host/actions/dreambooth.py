@@ -87,11 +87,12 @@ def _check_method(name: str) -> None:
 def _preserved(dataset: Dataset, subject: Subject, draw: _Draw) -> tuple[Dataset, str]:
     if subject.prior_weight == 0:
         return dataset, "The class is not preserved: prior_weight is 0."
-    if subject.prior == "differential":
+    if subject.prior != "class images":
         _check_class(dataset, subject)
-        return prior.add_prior_target(dataset, subject.class_prompt, subject.prior_weight), (
-            f"The class is held to the base model's predictions for '{subject.class_prompt}', weight "
-            f"{subject.prior_weight:g}."
+        targeted = prior.add_prior_target(dataset, subject.class_prompt, subject.prior_weight, subject.prior)
+        target = next(example.anchor for example in targeted.examples if example.anchor is not None)
+        return targeted, (
+            f"The class is held to the base model's predictions for {target}, weight {subject.prior_weight:g}."
         )
     if subject.class_images == 0:
         return dataset, "The class is not preserved: class_images is 0."
@@ -123,7 +124,9 @@ def _check_class(dataset: Dataset, subject: Subject) -> None:
     Raises:
         SettingsError: names the input.
     """
-    class_prompt = prior.checked_prompt(subject.class_prompt, "class_prompt")
+    class_prompt = subject.class_prompt
+    if subject.prior != prior.SEVERAL:
+        class_prompt = prior.checked_prompt(class_prompt, "class_prompt")
     triggers = {example.trigger for example in dataset.examples} | {" ".join(subject.instance_prompt.split())}
     for trigger in sorted(triggers - {""}):
         if captions.holds_words(class_prompt, trigger):

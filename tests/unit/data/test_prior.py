@@ -160,8 +160,52 @@ def test_weight_images_and_prompt_are_part_of_the_fingerprint():
         prior.add_prior_target(dataset, "a toy", 1.0),
         prior.add_prior_target(dataset, "a toy", 0.5),
         prior.add_prior_target(dataset, "a doll", 1.0),
+        prior.add_prior_target(dataset, "a toy|a doll", 1.0, prior.SEVERAL),
+        prior.add_prior_target(dataset, "a toy", 1.0, prior.BY_CAPTION),
     ]
     assert len({one.fingerprint() for one in made}) == len(made)
+
+
+def test_a_single_class_prompt_keeps_the_fingerprint_of_its_runs():
+    """A literal value of an earlier version."""
+    targeted = prior.add_prior_target(subject(), "a toy", 1.0)
+    assert targeted.fingerprint() == "03294801df6ec70c36bd09d8f6dccfd640fda786f8380cc4d05ca74fe0a615f1"
+    assert prior.add_prior_target(subject(), "a toy", 1.0, prior.SEVERAL).fingerprint() == targeted.fingerprint()
+
+
+@pytest.mark.parametrize(
+    "text, prompts",
+    [("a toy | a  doll", ("a toy", "a doll")), ("a toy|", ("a toy", "")), ("", ("",)), ("|", ("", ""))],
+)
+def test_several_class_prompts_are_read_between_bars(text, prompts):
+    target = prior.add_prior_target(subject(), text, 1.0, prior.SEVERAL).examples[0].anchor
+    assert prior.class_prompts(target, "sks toy on a table") == prompts
+
+
+@pytest.mark.parametrize(
+    "caption, prompt",
+    [
+        ("a photo of SKS toy, indoors", "a photo of a toy, indoors"),
+        ("sks toyland and sks  toy", "sks toyland and a toy"),
+        ("", "a toy"),
+        ("sks toy with another sks toy", "a toy with another a toy"),
+    ],
+)
+def test_the_class_prompt_of_a_caption_has_the_class_in_place_of_the_trigger(caption, prompt):
+    dataset = from_arrays(pictures(1), [caption], "sks toy", 64)
+    target = prior.add_prior_target(dataset, "a toy", 1.0, prior.BY_CAPTION).examples[0].anchor
+    text = unvaried_caption(dataset.examples[0])
+    assert prior.class_prompts(target, text) == (prompt,)
+    # A dropped caption stays empty.
+    assert prior.class_prompts(target, "") == ("",)
+
+
+@pytest.mark.parametrize("trigger", ["", "olis"])
+def test_a_caption_without_the_words_to_replace_is_refused(trigger):
+    dataset = replace(from_arrays(pictures(1), ["my cat"], "", 64), trigger=trigger)
+    with pytest.raises(DatasetError, match="'my cat' of .* does not contain") as caught:
+        prior.add_prior_target(dataset, "a cat", 1.0, prior.BY_CAPTION)
+    assert caught.value.input == "dataset"
 
 
 def test_two_subjects_with_class_images_of_their_own_can_be_combined():

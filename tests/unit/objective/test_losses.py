@@ -14,6 +14,7 @@ from graft_pack.trainers.objective.losses import (
     huber_width,
     log_cosh,
     mixed,
+    multi_scale,
     pseudo_huber,
     smooth_l1,
 )
@@ -130,6 +131,29 @@ def test_log_cosh_is_its_formula_and_finite_for_large_errors():
     log_cosh(error).sum().backward()
     assert torch.allclose(log_cosh(error)[[1, 3]], torch.full((2,), 5e-5), rtol=1e-3)
     assert torch.allclose(error.grad, error.detach().tanh(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("height, width, factors", [(64, 96, (1, 2)), (128, 130, (1, 2, 4)), (63, 200, (1,))])
+def test_multi_scale_is_the_sum_over_scales_of_simple_diffusion(height, width, factors):
+    """By Haar's wavelet: f x f means are its low band, whose halves are the sums of neighbors."""
+    error = torch.randn(2, 3, 2, height, width, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    expected = torch.zeros(2, dtype=torch.float64)
+    low = error
+    for factor in factors:
+        if factor > 1:
+            if low.shape[-1] % 2:
+                low = torch.cat([low, low[..., -1:]], -1)
+            low = (low[..., ::2] + low[..., 1::2]) / 2
+            low = (low[..., ::2, :] + low[..., 1::2, :]) / 2
+        fine = low.repeat_interleave(factor, -1).repeat_interleave(factor, -2)[..., :height, :width]
+        expected += factor * (fine**2).flatten(1).mean(1)
+    losses = example_losses(error, torch.zeros_like(error), penalty=multi_scale)
+    assert torch.allclose(losses, expected, rtol=1e-9)
+    # Half of a mask leaves the other half out, of coarse positions too.
+    mask = torch.ones(1, 1, 1, height, width, dtype=torch.float64)
+    mask[..., width // 2 :] = 0
+    half = example_losses(error, torch.zeros_like(error), mask, multi_scale)
+    assert torch.allclose(half, (multi_scale(error)[..., : width // 2]).flatten(1).mean(1), rtol=1e-9)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 1.0])
