@@ -1,7 +1,8 @@
 """Batch order as a pure function of seed and position, so that resuming needs no state."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -23,7 +24,7 @@ class _Rounds:
 
     repeats: np.ndarray
 
-    @property
+    @cached_property
     def total(self) -> int:
         """Number of visits in all rounds."""
         return int(self.repeats.sum())
@@ -57,31 +58,29 @@ class _Layout:
         own, classes = _Rounds(np.where(is_class, 0, times)), _Rounds(np.where(is_class, times, 0))
         return cls(list(buckets), own, classes, batch_size, seed)
 
-    def sizes(self, epoch: int, number: int) -> dict:
+    @cached_property
+    def places(self) -> dict[Hashable, np.ndarray]:
+        """Indices of all examples by bucket."""
+        groups: dict = {}
+        for index, bucket in enumerate(self.buckets):
+            groups.setdefault(bucket, []).append(index)
+        return {bucket: np.array(groups[bucket], dtype=np.int32) for bucket in sorted(groups)}
+
+    def batch_count(self, epoch: int, number: int) -> int:
         visits = self.own.of(number)
         if self.classes.total:
             visits = visits + self._class_counts(epoch, number)
-        sizes: dict = {}
-        for index in np.flatnonzero(visits).tolist():
-            sizes[self.buckets[index]] = sizes.get(self.buckets[index], 0) + int(visits[index])
-        return sizes
-
-    def batch_count(self, epoch: int, number: int) -> int:
-        return sum(-(-size // self.batch_size) for size in self.sizes(epoch, number).values())
+        return sum(-(-int(visits[places].sum()) // self.batch_size) for places in self.places.values())
 
     def batches(self, epoch: int, number: int) -> Iterator[np.ndarray]:
         """Return the batches of a round, each an array of example indices."""
         seed = stream_seed("order", self.seed, epoch, number) if number else stream_seed("order", self.seed, epoch)
         rng = np.random.RandomState(seed % (2**32))
         visits = self.own.of(number)
-        groups: dict = {}
-        for index in np.flatnonzero(self.own.repeats).tolist():
-            groups.setdefault(self.buckets[index], []).append(index)
         classes = self._class_members(epoch, number)
         rows: list[np.ndarray] = []
         starts: list[np.ndarray] = []
-        for bucket in sorted({**groups, **classes}):
-            places = np.array(groups.get(bucket, []), dtype=np.int32)
+        for bucket, places in self.places.items():
             members = np.repeat(places, visits[places])
             rng.shuffle(members)
             members = _spread(members, classes.get(bucket))
