@@ -498,6 +498,11 @@ def test_norms_and_biases_of_a_file_are_those_of_the_run(made, wanted, named, fo
     fields = {"rank": 2, "alpha": 2.0, "batch_size": 2, "steps": 1}
     path = tmp_path / format / "adapter_model.safetensors"
     first = run_session(tmp_path / "first", **fields, adapter_args=parse_arguments(made))
+    if made and format == "peft":
+        # Only some layers of SD1's attention have a bias.
+        with pytest.raises(ModelError, match="changes a bias, and peft has one for all or none"):
+            save_adapter(str(path), first.adapter, "first", format)
+        return
     save_adapter(str(path), first.adapter, "first", format)
     with pytest.raises(ModelError, match=named):
         run_session(tmp_path, **fields, start_from=str(path), adapter_args=parse_arguments(wanted))
