@@ -72,6 +72,11 @@ class Work(TorchDispatchMode):
         from torch.utils._pytree import tree_leaves
         from torch.utils.flop_counter import flop_registry
 
+        from graft_pack.trainers.lowrank.deferred import Deferred
+
+        if Deferred in types:
+            # The operations that compute it come first.
+            return NotImplemented
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
         name = operation._schema.name.split("::")[1]

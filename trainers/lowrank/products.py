@@ -8,10 +8,13 @@ block that ends with an adapted layer is recomputed without that layer's frozen 
 from __future__ import annotations
 
 import threading
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional
+
+from .deferred import Deferred
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +24,8 @@ if TYPE_CHECKING:
 
 # A checkpointed block keeps A x if x is at least so many times larger; the rank does not bound its memory otherwise.
 _LEAST_RATIO = 8
+# It keeps an output if the frozen weight is at least so many times larger, as that of a modulation is.
+_LEAST_WEIGHT_RATIO = 64
 
 
 class Geometry(NamedTuple):
@@ -36,38 +41,60 @@ class Geometry(NamedTuple):
         return self.stride == (1, 1) and self.padding == (0, 0)
 
 
-class KeepingProducts:
-    """Context of one run of a checkpointed block, which computes A x once: later runs read the first run's.
+class BlockProducts:
+    """Context of each run of one call of a checkpointed block, which avoids work in the runs after the first.
 
-    For a rank far below the layer's width, A x is small, and computing it reads all of x.
-
-    Args:
-        kept: A x of the layers with such a rank, in the order of their calls; empty before the first run.
+    These runs read the first run's A x, if the rank is far below the layer's width: A x is then small, and computing it
+    reads all of x. They read its outputs of few rows, which are small beside the weight. And they compute the outputs
+    of their last product only if an operation reads them: often no gradient needs them.
     """
 
-    def __init__(self, kept: list[torch.Tensor]):
-        self._kept = kept
+    def __init__(self):
+        # Of each product in the order of the calls: A x or None, outputs with their versions or None.
+        self._kept: list[list] = []
         self._place = 0
+        self._is_first = True
 
     def __enter__(self) -> None:
         self._before, _running.context = _running.context, self
+        self._place = 0
 
     def __exit__(self, *error) -> None:
         _running.context = self._before
+        self._is_first = False
 
-    def product(self, compute: Callable[..., torch.Tensor], *args) -> torch.Tensor:
-        """Return the A x of the next layer."""
+    def narrow(self, keeps: bool, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Return the A x of the next product."""
         if self._place == len(self._kept):
-            self._kept.append(compute(*args))
+            self._kept.append([None, None])
+        kept = self._kept[self._place]
         self._place += 1
+        if not keeps:
+            return compute()
+        if kept[0] is None:
+            kept[0] = compute()
         # Autograd sets the graph on the tensor object that a function returns.
-        return self._kept[self._place - 1].detach()
+        return kept[0].detach()
+
+    def wide(self, keeps: bool, x: torch.Tensor, sizes: list[int], computes: list[Callable]) -> list[torch.Tensor]:
+        """Return the outputs of that product, which have these last sizes and otherwise the shape of x."""
+        kept = self._kept[self._place - 1]
+        # The network may have written into them.
+        if kept[1] is not None and all(output._version == version for output, version in kept[1]):
+            return [output.detach() for output, _ in kept[1]]
+        if not self._is_first and self._place == len(self._kept):
+            rows = zip(sizes, computes, strict=True)
+            return [Deferred(cache(compute), (*x.shape[:-1], size), x.dtype, x.device) for size, compute in rows]
+        outputs = [compute() for compute in computes]
+        if keeps:
+            kept[1] = [(output.detach(), output._version) for output in outputs]
+        return outputs
 
 
 class _Running(threading.local):
     """The context that a thread computes in. Autograd may run a recomputation in its own thread."""
 
-    context: KeepingProducts | None = None
+    context: BlockProducts | None = None
 
 
 _running = _Running()
@@ -96,7 +123,7 @@ def linear(
     weights = [layer["weight"] for layer in layers]
     biases = [layer["bias"] for layer in layers]
     if not _is_recorded(x, down, *ups):
-        return _wide(x, _narrow(x, down), ups, scales, weights, biases)
+        return [compute() for compute in _outputs(x, _narrow(x, down), ups, scales, weights, biases)]
     contexts: list = []
     middle = _Narrow.apply(contexts, x, down, *ups, *weights)
     # In a tuple, autograd sees neither x nor the frozen weights: their gradients are the narrow function's.
@@ -138,12 +165,17 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+def _running_block() -> BlockProducts | None:
+    return None if torch.compiler.is_compiling() else _running.context
+
+
 def _once(compute: Callable[..., torch.Tensor], x: torch.Tensor, down: torch.Tensor, *args) -> torch.Tensor:
     """Return A x, computed once if the block is checkpointed and A x is small beside x."""
-    rank, width = down.shape[:2]
-    if torch.compiler.is_compiling() or _running.context is None or rank * _LEAST_RATIO > width:
+    block = _running_block()
+    if block is None:
         return compute(x, down, *args)
-    return _running.context.product(compute, x, down, *args)
+    rank, width = down.shape[:2]
+    return block.narrow(rank * _LEAST_RATIO <= width, partial(compute, x, down, *args))
 
 
 def _is_recorded(*inputs: torch.Tensor) -> bool:
@@ -165,20 +197,21 @@ def _narrow(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     return down.mm(_rows(x).t())
 
 
-def _wide(x, middle, ups, scales, weights, biases) -> list[torch.Tensor]:
-    """Return W x + b + s B (A x) of each layer."""
-    outputs = []
+def _outputs(x, middle, ups, scales, weights, biases) -> list[Callable[[], torch.Tensor]]:
+    """Return a function for each layer that computes W x + b + s B (A x)."""
     parts = middle.split_with_sizes([up.shape[1] for up in ups])
-    for part, up, scale, weight, bias in zip(parts, ups, scales, weights, biases, strict=True):
-        # The input's own shape gives the bits that the frozen layer alone would give.
-        output = functional.linear(x, weight, bias)
-        output = output if output.is_contiguous() else output.contiguous()
-        if output._is_view():
-            # Autograd forbids changes in place of a view that was made here. Some networks write into their outputs.
-            output = torch.ops.aten._unsafe_view(output, output.shape)
-        _rows(output).addmm_(part.t(), turned(up), alpha=scale)
-        outputs.append(output)
-    return outputs
+    return [partial(_output, x, *row) for row in zip(parts, ups, scales, weights, biases, strict=True)]
+
+
+def _output(x, part, up, scale, weight, bias) -> torch.Tensor:
+    # The input's own shape gives the bits that the frozen layer alone would give.
+    output = functional.linear(x, weight, bias)
+    output = output if output.is_contiguous() else output.contiguous()
+    if output._is_view():
+        # Autograd forbids changes in place of a view that was made here. Some networks write into their outputs.
+        output = torch.ops.aten._unsafe_view(output, output.shape)
+    _rows(output).addmm_(part.t(), turned(up), alpha=scale)
+    return output
 
 
 class _Narrow(torch.autograd.Function):
@@ -206,7 +239,12 @@ class _Wide(torch.autograd.Function):
         ctx.narrow, ctx.scales = narrow, frozen[1]
         ctx.set_materialize_grads(False)
         x, scales, weights, biases = frozen
-        return tuple(_wide(x, middle, ups, scales, weights, biases))
+        computes = _outputs(x, middle, ups, scales, weights, biases)
+        block = _running_block()
+        if block is None:
+            return tuple(compute() for compute in computes)
+        keeps = x.numel() * _LEAST_WEIGHT_RATIO <= x.shape[-1] ** 2
+        return tuple(block.wide(keeps, x, [len(up) for up in ups], computes))
 
     @staticmethod
     def backward(ctx, *grads):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.utils._pytree import tree_map
 
 from . import PART
+from .deferred import Deferred
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,7 +70,9 @@ class Quantized(nn.Module):
     @property
     def weight(self) -> Tensor:
         """Return the weight. Its shape, dtype and device cost nothing; any operation on it dequantizes."""
-        return _Weight(self)
+        # Without the layer: an offloaded one has its parts on the device only while its block runs.
+        compute = partial(self.form.weight, self.parts, self.weight_dtype)
+        return Deferred(compute, self.form.shape, self.weight_dtype, self.parts[0].device)
 
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x W' + b, for W as a matrix. Autograd keeps the parts of W, and no dequantized copy."""
@@ -190,27 +193,3 @@ class _Convolution(torch.autograd.Function):
         parts = ctx.saved_tensors
         weight = ctx.form.weight(parts, grad.dtype)
         return nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.geometry), None, None, *[None] * len(parts)
-
-
-class _Weight(torch.Tensor):
-    """A weight without its numbers: operations on it get the dequantized weight."""
-
-    @staticmethod
-    def __new__(cls, layer: Quantized):
-        shape = layer.form.shape
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.weight_dtype, device=layer.parts[0].device)
-
-    def __init__(self, layer: Quantized):
-        # Not the layer: an offloaded one has its parts on the device only while its block runs.
-        self._form, self._parts = layer.form, layer.parts
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        args, kwargs = tree_map(_dequantized, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-
-def _dequantized(value):
-    return value._form.weight(value._parts, value.dtype) if isinstance(value, _Weight) else value

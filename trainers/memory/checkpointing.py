@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..lowrank.products import KeepingProducts
+from ..lowrank.products import BlockProducts
 from .autograd import OutOfPlace
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ class _Checkpointed:
         args = tuple(_snapshot(value) for value in args)
         kwargs = {name: _snapshot(value) for name, value in kwargs.items()}
         modes = _Attentions() if self.keep_attention else OutOfPlace
-        return checkpoint(self._run, modes, [], *args, use_reentrant=False, **kwargs)
+        return checkpoint(self._run, modes, BlockProducts(), *args, use_reentrant=False, **kwargs)
 
     def _run(self, modes, products, *args, **kwargs):
-        with modes(), KeepingProducts(products):
+        with modes(), products:
             return self.forward(*args, **kwargs)
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..lowrank.deferred import Deferred
+
 # Growth up to this many bytes is noise: for example, modules that are imported on first use.
 _NOTHING = 64 * 1024 * 1024
 
@@ -45,6 +47,9 @@ class TensorTracker(TorchDispatchMode):
             self._see(tensor)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if Deferred in types:
+            # Its operations come first.
+            return NotImplemented
         result = func(*args, **(kwargs or {}))
         for value in (*args, result):
             # Foreach operations take and return lists of tensors.
