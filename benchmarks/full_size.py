@@ -69,10 +69,9 @@ class Work(TorchDispatchMode):
         super().__init__()
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        from graft_pack.trainers.lowrank.deferred import Deferred
         from torch.utils._pytree import tree_leaves
         from torch.utils.flop_counter import flop_registry
-
-        from graft_pack.trainers.lowrank.deferred import Deferred
 
         if Deferred in types:
             # The operations that compute it come first.
@@ -135,11 +134,13 @@ def with_update(work: Work, module: torch.nn.Module) -> Work:
 
 def rows(name: str, side: int, rank: int, targets: list[str], dtype: torch.dtype) -> Iterator[tuple[str, Work]]:
     """Yield (label, work) of the bare network and of a LoRA on each kind of target."""
+    from graft_pack.nodes.host.model.compat import differentiable_rope, training_flag
     from graft_pack.trainers.lowrank.layers import low_rank_layers
     from graft_pack.trainers.memory.autograd import blocks_of
     from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 
-    with fake_tensors(), mock.patch("graft_pack.trainers.lowrank.products.is_on_cpu", lambda tensor: False):
+    on_gpu = mock.patch("graft_pack.trainers.lowrank.products.is_on_cpu", lambda tensor: False)
+    with fake_tensors(), on_gpu, training_flag(True), differentiable_rope():
         for kind in ["", *targets]:
             module = network(name, dtype)
             label = "bare"

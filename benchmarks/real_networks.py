@@ -77,10 +77,13 @@ def _sd35_large(options: dict[str, Any]) -> torch.nn.Module:
 
 
 def _flux(options: dict[str, Any]) -> torch.nn.Module:
-    from comfy.ldm.flux.model import Flux
+    from comfy.ldm.flux.model import Flux, FluxParams
 
     sizes = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 768, "context_in_dim": 4096, "hidden_size": 3072}
     sizes |= {"mlp_ratio": 4.0, "num_heads": 24, "depth": 19, "depth_single_blocks": 38, "axes_dim": [16, 56, 56]}
+    if "txt_ids_dims" in FluxParams.__dataclass_fields__:
+        # Newer versions of ComfyUI ask for it.
+        sizes["txt_ids_dims"] = []
     return Flux(**sizes, theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, **options)
 
 

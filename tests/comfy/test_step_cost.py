@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import contestants
 from benchmarks.contestants import Case
@@ -44,7 +43,7 @@ def counted(case, name, counter, at=3):
 
 
 def work(case, name):
-    return counted(case, name, FlopCounterMode(display=False)).get_total_flops()
+    return counted(case, name, counting.FlopCounter()).get_total_flops()
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])

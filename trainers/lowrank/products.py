@@ -42,52 +42,51 @@ class Geometry(NamedTuple):
 
 
 class BlockProducts:
-    """Context of each run of one call of a checkpointed block, which avoids work in the runs after the first.
+    """Context of each run of one call of a checkpointed block. It saves work in the runs after the first.
 
-    These runs read the first run's A x, if the rank is far below the layer's width: A x is then small, and computing it
-    reads all of x. They read its outputs of few rows, which are small beside the weight. And they compute the outputs
-    of their last product only if an operation reads them: often no gradient needs them.
+    They read the first run's A x if the rank is far below the layer's width: A x is then small, and computing it reads
+    all of x. They read the first run's outputs of few rows: computing them reads the whole weight. They compute the
+    last product's outputs only where an operation reads them, because often no gradient needs them.
     """
 
     def __init__(self):
-        # Of each product in the order of the calls: A x or None, outputs with their versions or None.
-        self._kept: list[list] = []
-        self._place = 0
-        self._is_first = True
+        # A x, and outputs with their versions, by the number of the product.
+        self._narrow: dict[int, torch.Tensor] = {}
+        self._wide: dict[int, list[tuple[torch.Tensor, int]]] = {}
+        self._number = 0
+        # Number of the last product, once the first run has ended.
+        self._last: int | None = None
 
     def __enter__(self) -> None:
         self._before, _running.context = _running.context, self
-        self._place = 0
+        self._number = 0
 
     def __exit__(self, *error) -> None:
         _running.context = self._before
-        self._is_first = False
+        self._last = self._last or self._number
 
     def narrow(self, keeps: bool, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         """Return the A x of the next product."""
-        if self._place == len(self._kept):
-            self._kept.append([None, None])
-        kept = self._kept[self._place]
-        self._place += 1
+        self._number += 1
         if not keeps:
             return compute()
-        if kept[0] is None:
-            kept[0] = compute()
+        if self._number not in self._narrow:
+            self._narrow[self._number] = compute()
         # Autograd sets the graph on the tensor object that a function returns.
-        return kept[0].detach()
+        return self._narrow[self._number].detach()
 
     def wide(self, keeps: bool, x: torch.Tensor, sizes: list[int], computes: list[Callable]) -> list[torch.Tensor]:
         """Return the outputs of that product, which have these last sizes and otherwise the shape of x."""
-        kept = self._kept[self._place - 1]
+        kept = self._wide.get(self._number)
         # The network may have written into them.
-        if kept[1] is not None and all(output._version == version for output, version in kept[1]):
-            return [output.detach() for output, _ in kept[1]]
-        if not self._is_first and self._place == len(self._kept):
+        if kept is not None and all(output._version == version for output, version in kept):
+            return [output.detach() for output, _ in kept]
+        if self._number == self._last:
             rows = zip(sizes, computes, strict=True)
             return [Deferred(cache(compute), (*x.shape[:-1], size), x.dtype, x.device) for size, compute in rows]
         outputs = [compute() for compute in computes]
         if keeps:
-            kept[1] = [(output.detach(), output._version) for output in outputs]
+            self._wide[self._number] = [(output.detach(), output._version) for output in outputs]
         return outputs
 
 
@@ -225,10 +224,10 @@ class _Narrow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, middle_grad):
-        (x, down), x_grad = ctx.left
+        (x, down), x_grad, is_whole = ctx.left
         ctx.left = None
         down_grad = middle_grad.mm(_rows(x)) if ctx.needs_input_grad[2] else None
-        if x_grad is not None:
+        if x_grad is not None and not is_whole:
             _rows(x_grad).addmm_(middle_grad.t(), down)
         return None, x_grad, down_grad, *[None] * ctx.count
 
@@ -256,7 +255,7 @@ class _Wide(torch.autograd.Function):
         ranks = [up.shape[1] for up in ups]
         middle_grad = torch.empty_like(middle)
         up_grads: list[torch.Tensor | None] = []
-        x_grad = None
+        pairs = []
         parts, part_grads = middle.split_with_sizes(ranks), middle_grad.split_with_sizes(ranks)
         rows = zip(parts, part_grads, ups, ctx.scales, weights, grads, strict=True)
         for number, (part, part_grad, up, scale, weight, grad) in enumerate(rows):
@@ -267,9 +266,18 @@ class _Wide(torch.autograd.Function):
             grad = _rows(grad)
             torch.addmm(part_grad, turned(up), grad.t(), beta=0, alpha=scale, out=part_grad)
             up_grads.append(_up_grad(part, grad, scale) if ctx.needs_input_grad[3 + number] else None)
-            if ctx.narrow.needs_input_grad[1]:
-                x_grad = grad.mm(weight) if x_grad is None else x_grad.addmm_(grad, weight)
-        ctx.narrow.left = (x, down), None if x_grad is None else x_grad.view(x.shape)
+            pairs.append((grad, weight))
+        x_grad, is_whole = None, False
+        if ctx.narrow.needs_input_grad[1] and pairs:
+            is_whole = _is_worth_joining(x, middle, pairs)
+            if is_whole:
+                grads, weights = zip(*pairs, strict=True)
+                pairs = [(torch.cat([*grads, middle_grad.t()], 1), torch.cat([*weights, down]))]
+            x_grad = pairs[0][0].mm(pairs[0][1])
+            for grad, weight in pairs[1:]:
+                x_grad.addmm_(grad, weight)
+            x_grad = x_grad.view(x.shape)
+        ctx.narrow.left = (x, down), x_grad, is_whole
         return None, None, middle_grad, *up_grads
 
 
@@ -346,6 +354,15 @@ class _WideConvolution(torch.autograd.Function):
 
 def _is_point(down: torch.Tensor, geometry: Geometry) -> bool:
     return down[0, 0].numel() == 1 and geometry.is_pointwise
+
+
+def _is_worth_joining(x, middle, pairs) -> bool:
+    """Report whether one product for the gradient of x moves fewer bytes than that of each W and that of A.
+
+    The one product needs copies of the outputs' gradients and of each W. Sizes that are no multiples of 8 are slow.
+    """
+    copied = sum(grad.numel() + weight.numel() for grad, weight in pairs)
+    return not is_on_cpu(x) and len(middle) % 8 == 0 and copied < len(pairs) * x.numel()
 
 
 def _is_joined(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor) -> bool:

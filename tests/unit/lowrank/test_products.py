@@ -8,6 +8,8 @@ from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 from torch import nn
 from torch.nn import functional
 
+from tests.support import counting
+
 SOURCE = torch.Generator()
 convolve = products._convolve
 DEVICES = pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU's way", "GPU's way"])
@@ -42,6 +44,22 @@ def test_gradients_of_linear_layers_are_those_of_finite_differences(count, needs
     for out, layer, a, b, scale in zip(call(x, down, *ups), layers, down.split(2), ups, scales, strict=True):
         assert torch.allclose(out, layer(x) + scale * functional.linear(functional.linear(x, a), b), rtol=1e-12)
     assert torch.autograd.gradcheck(call, (x, down, *ups))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_gradients_by_one_product_for_all_weights_are_those_of_finite_differences(count, monkeypatch):
+    monkeypatch.setattr(products, "is_on_cpu", lambda tensor: False)
+    layers = [frozen(nn.Linear, 24, 2 + number) for number in range(count)]
+    x, down, ups = random(8, 24), random(8 * count, 24), [random(2 + number, 8) for number in range(count)]
+
+    def call(x, down, *ups):
+        return torch.cat(products.linear(x, down, ups, [0.5] * count, [layer._parameters for layer in layers]), -1)
+
+    shapes = []
+    product = torch.Tensor.mm
+    monkeypatch.setattr(torch.Tensor, "mm", lambda one, other: shapes.append(other.shape) or product(one, other))
+    assert torch.autograd.gradcheck(call, (x, down, *ups))
+    assert (sum(len(up) for up in ups) + len(down), 24) in shapes
 
 
 def test_an_output_that_is_not_used_adds_no_gradient():
@@ -249,7 +267,6 @@ def test_weights_cast_by_block_have_their_gradients_with_its_backward(checkpoint
 @pytest.mark.parametrize("keeps", [True, False], ids=["checkpoint_blocks", "torch's checkpoint"])
 def test_a_checkpointed_block_is_recomputed_without_its_last_frozen_product(keeps, on_cpu, monkeypatch):
     from torch.utils.checkpoint import checkpoint
-    from torch.utils.flop_counter import FlopCounterMode
 
     monkeypatch.setattr(products, "is_on_cpu", lambda tensor: on_cpu)
     # The block is narrow: q, k and v have half of its width as their ranks.
@@ -267,7 +284,7 @@ def test_a_checkpointed_block_is_recomputed_without_its_last_frozen_product(keep
         return block(x)
 
     for run in (lambda: block(x), checkpointed):
-        with FlopCounterMode(display=False) as counter:
+        with counting.FlopCounter() as counter:
             loss = run().square().sum()
             for _ in range(2):
                 found.append(torch.autograd.grad(loss, weights, retain_graph=True))
@@ -277,6 +294,102 @@ def test_a_checkpointed_block_is_recomputed_without_its_last_frozen_product(keep
     # In each of the two backwards q, k and v. `checkpoint_blocks` keeps A x; otherwise also their A, and A of the last
     # layer. Products in place are not counted.
     assert counts[1] - counts[0] == 2 * (3 * frozen_product + (0 if keeps else 4) * narrow)
+
+
+class Gated(nn.Module):
+    """A block that adds its last layer's output as diffusion transformers do, by a gate or through an operation."""
+
+    def __init__(self, tail):
+        super().__init__()
+        self.inner = Block(rank=1)
+        self.gate = frozen(nn.Linear, 6, 6)
+        self.tail = tail
+
+    def forward(self, x):
+        gate = self.gate(x.mean(0)).exp()
+        return x + self.tail(self.inner(x), gate)
+
+
+def written(out, gate):
+    out[0, :2] = out[0, :2] * 2
+    return out
+
+
+class Cube(torch.autograd.Function):
+    """A function of the host's own, which no mode of torch functions sees."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return torch.ops.aten.pow(x, 3)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * grad
+
+
+# Each with whether gradients need the value of the last layer's output.
+TAILS = {
+    "gate": (lambda out, gate: out * gate.detach(), False),
+    "view": (lambda out, gate: out.view(3, 2, 3).transpose(0, 1).transpose(0, 1).flatten(1) * gate.detach(), True),
+    "trained gate": (lambda out, gate: out * gate, True),
+    "activation": (lambda out, gate: functional.gelu(out) * gate.detach(), True),
+    "mask": (lambda out, gate: out * (out > 0) * gate.detach(), True),
+    "in place": (lambda out, gate: functional.silu(out, inplace=True) * gate.detach(), True),
+    "written": (written, False),
+    "written, read": (lambda out, gate: written(out, gate) ** 2, True),
+    "own function": (lambda out, gate: Cube.apply(out), True),
+    "other dtype": (lambda out, gate: (out.float().square() * gate.detach()).double(), True),
+}
+
+
+@DEVICES
+@pytest.mark.parametrize("name", TAILS)
+def test_a_checkpointed_blocks_last_output_is_computed_where_a_gradient_needs_it(name, on_cpu, monkeypatch):
+    monkeypatch.setattr(products, "is_on_cpu", lambda tensor: on_cpu)
+    tail, needs = TAILS[name]
+    block, x = Gated(tail), random(3, 6)
+    calls = []
+    compute = products._output
+    monkeypatch.setattr(products, "_output", lambda *args: calls.append(args[4]) or compute(*args))
+    weights = [x, *(part.weight for layer in low_rank_layers(block).values() for part in (layer.down, layer.up))]
+    expected = torch.autograd.grad(block(x).square().sum(), weights)
+    calls.clear()
+    checkpoint_blocks([block])
+    loss = block(x).square().sum()
+    for _ in range(2):
+        found = torch.autograd.grad(loss, weights, retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    last = block.inner.out.low_rank.base.weight
+    assert len([weight for weight in calls if weight is last]) == 1 + 2 * needs
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_a_checkpointed_block_computes_outputs_of_few_rows_once(writes, monkeypatch):
+    """Unless the network writes into them."""
+    layer, down, up = frozen(nn.Linear, 64, 5), random(2, 64), random(5, 2)
+    calls = []
+    compute = products._output
+    monkeypatch.setattr(products, "_output", lambda *args: calls.append(len(args[0])) or compute(*args))
+    block = nn.Module()
+
+    def forward(x):
+        few, many = (products.linear(rows, down, [up], [0.5], [layer._parameters])[0] for rows in (x[:1], x))
+        few = functional.silu(few, inplace=True) if writes else few
+        return products.linear(few.exp() @ layer.weight * x, down, [up], [0.5], [layer._parameters])[0] * many
+
+    block.forward = forward
+    x = random(3, 64)
+    expected = torch.autograd.grad(block.forward(x).square().sum(), (x, down, up))
+    checkpoint_blocks([block])
+    calls.clear()
+    loss = block.forward(x).square().sum()
+    for _ in range(2):
+        found = torch.autograd.grad(loss, (x, down, up), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    assert calls.count(1) == (3 if writes else 1)
+    assert calls.count(3) == 6
 
 
 @pytest.mark.parametrize("width, count", [(16, 1), (15, 2)], ids=["low rank", "high rank"])
