@@ -46,7 +46,7 @@ class BlockProducts:
 
     They read the first run's A x if the rank is far below the layer's width: A x is then small, and computing it reads
     all of x. They read the first run's outputs of few rows: computing them reads the whole weight. They compute the
-    last product's outputs only where an operation reads them, because often no gradient needs them.
+    last product's output only if an operation reads it. Where only a frozen gate follows, no gradient needs it.
     """
 
     def __init__(self):
@@ -75,17 +75,17 @@ class BlockProducts:
         # Autograd sets the graph on the tensor object that a function returns.
         return self._narrow[self._number].detach()
 
-    def wide(self, keeps: bool, x: torch.Tensor, sizes: list[int], computes: list[Callable]) -> list[torch.Tensor]:
-        """Return the outputs of that product, which have these last sizes and otherwise the shape of x."""
+    def wide(self, x: torch.Tensor, ups: Sequence[torch.Tensor], compute: Callable) -> list[torch.Tensor]:
+        """Return the outputs of that product, one for each B."""
         kept = self._wide.get(self._number)
         # The network may have written into them.
         if kept is not None and all(output._version == version for output, version in kept):
             return [output.detach() for output, _ in kept]
-        if self._number == self._last:
-            rows = zip(sizes, computes, strict=True)
-            return [Deferred(cache(compute), (*x.shape[:-1], size), x.dtype, x.device) for size, compute in rows]
-        outputs = [compute() for compute in computes]
-        if keeps:
+        if self._number == self._last and len(ups) == 1:
+            compute = cache(compute)
+            return [Deferred(lambda: compute()[0], (*x.shape[:-1], len(ups[0])), x.dtype, x.device)]
+        outputs = compute()
+        if x.numel() * _LEAST_WEIGHT_RATIO <= x.shape[-1] ** 2:
             self._wide[self._number] = [(output.detach(), output._version) for output in outputs]
         return outputs
 
@@ -122,7 +122,7 @@ def linear(
     weights = [layer["weight"] for layer in layers]
     biases = [layer["bias"] for layer in layers]
     if not _is_recorded(x, down, *ups):
-        return [compute() for compute in _outputs(x, _narrow(x, down), ups, scales, weights, biases)]
+        return _wide(x, _narrow(x, down), ups, scales, weights, biases)
     contexts: list = []
     middle = _Narrow.apply(contexts, x, down, *ups, *weights)
     # In a tuple, autograd sees neither x nor the frozen weights: their gradients are the narrow function's.
@@ -164,14 +164,10 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _running_block() -> BlockProducts | None:
-    return None if torch.compiler.is_compiling() else _running.context
-
-
 def _once(compute: Callable[..., torch.Tensor], x: torch.Tensor, down: torch.Tensor, *args) -> torch.Tensor:
     """Return A x, computed once if the block is checkpointed and A x is small beside x."""
-    block = _running_block()
-    if block is None:
+    block = _running.context
+    if block is None or torch.compiler.is_compiling():
         return compute(x, down, *args)
     rank, width = down.shape[:2]
     return block.narrow(rank * _LEAST_RATIO <= width, partial(compute, x, down, *args))
@@ -196,21 +192,20 @@ def _narrow(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     return down.mm(_rows(x).t())
 
 
-def _outputs(x, middle, ups, scales, weights, biases) -> list[Callable[[], torch.Tensor]]:
-    """Return a function for each layer that computes W x + b + s B (A x)."""
+def _wide(x, middle, ups, scales, weights, biases) -> list[torch.Tensor]:
+    """Return W x + b + s B (A x) of each layer."""
+    outputs = []
     parts = middle.split_with_sizes([up.shape[1] for up in ups])
-    return [partial(_output, x, *row) for row in zip(parts, ups, scales, weights, biases, strict=True)]
-
-
-def _output(x, part, up, scale, weight, bias) -> torch.Tensor:
-    # The input's own shape gives the bits that the frozen layer alone would give.
-    output = functional.linear(x, weight, bias)
-    output = output if output.is_contiguous() else output.contiguous()
-    if output._is_view():
-        # Autograd forbids changes in place of a view that was made here. Some networks write into their outputs.
-        output = torch.ops.aten._unsafe_view(output, output.shape)
-    _rows(output).addmm_(part.t(), turned(up), alpha=scale)
-    return output
+    for part, up, scale, weight, bias in zip(parts, ups, scales, weights, biases, strict=True):
+        # The input's own shape gives the bits that the frozen layer alone would give.
+        output = functional.linear(x, weight, bias)
+        output = output if output.is_contiguous() else output.contiguous()
+        if output._is_view():
+            # Autograd forbids changes in place of a view that was made here. Some networks write into their outputs.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        _rows(output).addmm_(part.t(), turned(up), alpha=scale)
+        outputs.append(output)
+    return outputs
 
 
 class _Narrow(torch.autograd.Function):
@@ -238,12 +233,11 @@ class _Wide(torch.autograd.Function):
         ctx.narrow, ctx.scales = narrow, frozen[1]
         ctx.set_materialize_grads(False)
         x, scales, weights, biases = frozen
-        computes = _outputs(x, middle, ups, scales, weights, biases)
-        block = _running_block()
-        if block is None:
-            return tuple(compute() for compute in computes)
-        keeps = x.numel() * _LEAST_WEIGHT_RATIO <= x.shape[-1] ** 2
-        return tuple(block.wide(keeps, x, [len(up) for up in ups], computes))
+        compute = partial(_wide, x, middle, ups, scales, weights, biases)
+        block = _running.context
+        if block is None or torch.compiler.is_compiling():
+            return tuple(compute())
+        return tuple(block.wide(x, ups, compute))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -255,7 +249,7 @@ class _Wide(torch.autograd.Function):
         ranks = [up.shape[1] for up in ups]
         middle_grad = torch.empty_like(middle)
         up_grads: list[torch.Tensor | None] = []
-        pairs = []
+        pairs, copied = [], 0
         parts, part_grads = middle.split_with_sizes(ranks), middle_grad.split_with_sizes(ranks)
         rows = zip(parts, part_grads, ups, ctx.scales, weights, grads, strict=True)
         for number, (part, part_grad, up, scale, weight, grad) in enumerate(rows):
@@ -267,9 +261,12 @@ class _Wide(torch.autograd.Function):
             torch.addmm(part_grad, turned(up), grad.t(), beta=0, alpha=scale, out=part_grad)
             up_grads.append(_up_grad(part, grad, scale) if ctx.needs_input_grad[3 + number] else None)
             pairs.append((grad, weight))
+            copied += grad.numel() + weight.numel()
         x_grad, is_whole = None, False
         if ctx.narrow.needs_input_grad[1] and pairs:
-            is_whole = _is_worth_joining(x, middle, pairs)
+            # One product with all W and A moves fewer bytes than one with each if x is wide beside the copies that it
+            # needs. GPUs compute it slowly if the rank is no multiple of 8.
+            is_whole = copied < len(pairs) * x.numel() and len(middle) % 8 == 0 and not is_on_cpu(x)
             if is_whole:
                 grads, weights = zip(*pairs, strict=True)
                 pairs = [(torch.cat([*grads, middle_grad.t()], 1), torch.cat([*weights, down]))]
@@ -354,15 +351,6 @@ class _WideConvolution(torch.autograd.Function):
 
 def _is_point(down: torch.Tensor, geometry: Geometry) -> bool:
     return down[0, 0].numel() == 1 and geometry.is_pointwise
-
-
-def _is_worth_joining(x, middle, pairs) -> bool:
-    """Report whether one product for the gradient of x moves fewer bytes than that of each W and that of A.
-
-    The one product needs copies of the outputs' gradients and of each W. Sizes that are no multiples of 8 are slow.
-    """
-    copied = sum(grad.numel() + weight.numel() for grad, weight in pairs)
-    return not is_on_cpu(x) and len(middle) % 8 == 0 and copied < len(pairs) * x.numel()
 
 
 def _is_joined(x: torch.Tensor, grad: torch.Tensor, weight: torch.Tensor) -> bool:

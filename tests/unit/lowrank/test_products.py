@@ -351,8 +351,8 @@ def test_a_checkpointed_blocks_last_output_is_computed_where_a_gradient_needs_it
     tail, needs = TAILS[name]
     block, x = Gated(tail), random(3, 6)
     calls = []
-    compute = products._output
-    monkeypatch.setattr(products, "_output", lambda *args: calls.append(args[4]) or compute(*args))
+    compute = products._wide
+    monkeypatch.setattr(products, "_wide", lambda *args: calls.extend(args[4]) or compute(*args))
     weights = [x, *(part.weight for layer in low_rank_layers(block).values() for part in (layer.down, layer.up))]
     expected = torch.autograd.grad(block(x).square().sum(), weights)
     calls.clear()
@@ -370,8 +370,8 @@ def test_a_checkpointed_block_computes_outputs_of_few_rows_once(writes, monkeypa
     """Unless the network writes into them."""
     layer, down, up = frozen(nn.Linear, 64, 5), random(2, 64), random(5, 2)
     calls = []
-    compute = products._output
-    monkeypatch.setattr(products, "_output", lambda *args: calls.append(len(args[0])) or compute(*args))
+    compute = products._wide
+    monkeypatch.setattr(products, "_wide", lambda *args: calls.append(len(args[0])) or compute(*args))
     block = nn.Module()
 
     def forward(x):
