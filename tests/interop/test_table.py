@@ -6,6 +6,7 @@ from graft_pack.trainers.formats.adapter import Adapter
 
 from docs.build import make_formats
 from docs.build.make_formats import BAR, COLUMNS, FAMILIES, NO, OTHER_FORMULA, TYPES, measure
+from tests.support.combinations import each_value
 
 pytestmark = [pytest.mark.usefixtures("comfy")]
 
@@ -84,8 +85,7 @@ def test_a_loaded_dora_is_saved_for_others_with_its_model(kind, formats, tmp_pat
         restore_magnitudes(adapter, makers.FAMILIES["Flux"].model(), format)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("source", ["diffusers", "peft"])
+@pytest.mark.parametrize("source, family", each_value(["diffusers", "peft"], FAMILIES))
 def test_a_dora_of_diffusers_and_peft_is_saved_for_lycoris(source, family, tmp_path):
     from graft_pack.trainers.formats.adapter import load_adapter
 
@@ -97,8 +97,7 @@ def test_a_dora_of_diffusers_and_peft_is_saved_for_lycoris(source, family, tmp_p
     assert trained.error(makers.READERS["LyCORIS"](family, path)) <= BAR / 5
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("source", ["diffusers", "peft"])
+@pytest.mark.parametrize("source, family", each_value(["diffusers", "peft"], FAMILIES))
 def test_a_dora_of_diffusers_and_peft_is_saved_for_comfyui_with_its_model(source, family, tmp_path):
     from graft_pack.nodes.host.actions.adapter_tools import restore_magnitudes
     from graft_pack.trainers.errors import ModelError
@@ -180,8 +179,7 @@ def test_a_dora_of_inputs_stays_as_it_is(tmp_path):
         assert all((tensors[name] == value).all() for name, value in expected.items())
 
 
-@pytest.mark.parametrize("family", ["SDXL", "SD3", "Flux"])
-@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+@pytest.mark.parametrize("kind, family", each_value(["LoRA", "DoRA"], ["SDXL", "SD3", "Flux"]))
 def test_files_of_lycoris_convert_on_every_family(kind, family, tmp_path):
     from tests.interop import makers
 
@@ -189,8 +187,7 @@ def test_files_of_lycoris_convert_on_every_family(kind, family, tmp_path):
     assert_converts(makers.make_by_lycoris(family, algorithm, tmp_path, **options), refused, tmp_path)
 
 
-@pytest.mark.parametrize("with_metadata", [True, False])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, with_metadata", each_value(FAMILIES, [True, False]))
 def test_files_of_diffusers_convert(family, with_metadata, tmp_path):
     """Its query, key and value have an A each, which kohya's layers hold side by side."""
     from tests.interop import makers
@@ -198,8 +195,7 @@ def test_files_of_diffusers_convert(family, with_metadata, tmp_path):
     assert_converts(makers.make_by_diffusers(family, tmp_path, with_metadata), (), tmp_path)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("kind", ["LoRA", "rsLoRA", "LoHa", "LoKr"])
+@pytest.mark.parametrize("kind, family", each_value(["LoRA", "rsLoRA", "LoHa", "LoKr"], FAMILIES))
 def test_folders_of_peft_convert(kind, family, tmp_path):
     import peft
 

@@ -33,10 +33,14 @@ class Collection:
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config, items):
         if config.getoption("--quick"):
-            left_out = [item for item in items if not is_quick(item)]
-            config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if is_quick(item)]
+            self._select(config, items, is_quick)
+        if not config.getoption("--soak"):
+            self._select(config, items, lambda item: not is_soak_only(item))
         self._sort(items)
+
+    def _select(self, config, items, is_wanted):
+        config.hook.pytest_deselected(items=[item for item in items if not is_wanted(item)])
+        items[:] = filter(is_wanted, items)
 
     def _sort(self, items):
         """Put the slowest files first: one worker runs each file, and a slow file that starts last would end alone.
@@ -58,6 +62,12 @@ class Collection:
         return NamedModule.from_parent(parent, path=module_path)
 
 
+def is_soak_only(item):
+    """Report whether a test runs in `make soak` alone."""
+    return any(mark.kwargs.get("only") for mark in item.iter_markers("soak"))
+
+
 def is_quick(item):
     """Report whether a test needs no ComfyUI and is no long trial."""
-    return not HOSTS & set(item.fixturenames) and not any(item.get_closest_marker(name) for name in LONG)
+    needs_comfy = HOSTS & set(item.fixturenames) or hasattr(item.function, "is_forked")
+    return not needs_comfy and not any(item.get_closest_marker(name) for name in LONG)

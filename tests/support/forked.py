@@ -52,6 +52,7 @@ def forked(test):
         report = start_origin().run(test.__module__, test.__name__, arguments)
         assert report is None, f"failed in its own process:\n{report}"
 
+    run.is_forked = True
     return run
 
 

@@ -1,6 +1,7 @@
 """Layout of the code: the direction of imports, sizes of modules, forbidden modules, language."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -26,9 +27,15 @@ FORBIDDEN_MODULES = {"subprocess", "pickle", "marshal", "shelve", "socket", "url
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 
 
+@functools.cache
+def nodes_of(path):
+    """Return all syntax nodes of a file."""
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports_of(path):
     """(level, module) of each import in a file."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield 0, alias.name
@@ -82,7 +89,7 @@ def imported_modules(module):
     """List the pack's own modules that a module imports, type hints and imports within functions included."""
     path = MODULES[module]
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
         assert node.level <= len(package) + 1, f"{module} imports from above the pack"
@@ -171,7 +178,7 @@ def test_nothing_that_runs_or_reaches_out_is_used(path):
     assert text.isascii()
     for level, module in imports_of(path):
         assert level > 0 or top_of(module) not in FORBIDDEN_MODULES, f"{module} in {relative(path)}"
-    for node in ast.walk(ast.parse(text)):
+    for node in nodes_of(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in FORBIDDEN_CALLS, f"{node.func.id} in {relative(path)}"
         assert not (isinstance(node, ast.Call) and getattr(node.func, "attr", "") in {"cuda"}), relative(path)
@@ -193,7 +200,7 @@ def test_processes_are_started_in_one_place():
     wanted = {"multiprocessing", "torch.multiprocessing", "concurrent.futures.ProcessPoolExecutor"}
     found = set()
     for path in SHIPPED:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes_of(path):
             if isinstance(node, ast.ImportFrom):
                 names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
             elif isinstance(node, ast.Import):
@@ -208,7 +215,7 @@ def test_processes_are_started_in_one_place():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=relative)
 def test_heavy_imports_are_inside_functions(path):
-    for node in ast.parse(path.read_text()).body:
+    for node in nodes_of(path)[0].body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
             assert not {top_of(name) for name in names} & LAZY
