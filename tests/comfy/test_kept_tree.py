@@ -67,7 +67,9 @@ class Runs:
         host = Host(denoiser, text, ComfyCodec(vae), hear, command, keeper=keeper)
         dataset = scan_folder(str(world.CONCEPT_FOLDER / "toy"), "", 64, 1)
         places = [self.folder / name / place for place in ("runs", "loras", "embeddings")]
-        folders = Folders(str(places[0]), str(self.folder / "cache"), *map(str, places[1:]))
+        # All tests encode the same pictures.
+        cache = self.folder.parent / "encoded for kept trees"
+        folders = Folders(str(places[0]), str(cache), *map(str, places[1:]))
         try:
             with torch.inference_mode(False):
                 run = run_recipe(self.recipe, dataset, host, folders).run
@@ -108,8 +110,13 @@ def keep_for(comfy, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def base(comfy, tiny_base):
-    return load(tiny_base, comfy.path)
+def base(comfy, tiny_base, tmp_path_factory):
+    """Return what a loader gives. A first training has loaded all modules, so that no later collection visits them."""
+    graph = load(tiny_base, comfy.path)
+    Runs(tmp_path_factory.mktemp("first"), graph).go("run")
+    gc.collect()
+    gc.freeze()
+    return graph
 
 
 def load(path, folder):
