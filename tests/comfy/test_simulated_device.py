@@ -401,7 +401,7 @@ RESUMED = {
 def test_resume_is_bit_identical(kind, tmp_path):
     make, fields = RESUMED[kind]
     found = []
-    for parts in ((4,), (3, 4)):
+    for parts in ((3,), (2, 3)):
         for steps in parts:
             with make(gpu().device, **fields) as training:
                 more = {"steps": steps, "save_every": 2, "offload": fields.get("offload", "auto")}
@@ -411,7 +411,7 @@ def test_resume_is_bit_identical(kind, tmp_path):
         found.append((done, [event for event in events if event["event"] == "step"]))
     (whole, log), (resumed, other_log) = found
     assert whole[0] == resumed[0] and torch.equal(whole[1], resumed[1])
-    assert log == other_log and [event["step"] for event in log] == [1, 2, 3, 4]
+    assert log == other_log and [event["step"] for event in log] == [1, 2, 3]
 
 
 # Memory.
