@@ -2,8 +2,9 @@
 
 Counted on the real networks without weights: operations of forward and backward, how much of the backward each bucket
 of gradients waits for, what a step synchronizes, and the block weights that `shard` gathers for every picture. Measured
-here: drawing the noise of a whole batch, which each process does. Assumed, and stated in the table: arithmetic,
-networks, and how much processes differ from step to step. Nothing here was measured on GPUs.
+here: drawing the noise of a whole batch, which a thread of each process does during the step before. Assumed, and
+stated in the table: arithmetic, networks, and how much processes differ from step to step. Nothing here was measured on
+GPUs.
 """
 
 from __future__ import annotations
@@ -207,11 +208,11 @@ def step_seconds(
 ) -> float:
     """Return the mean over simulated steps; each lasts as long as its slowest process, because all wait for it.
 
-    Each picture is one pass, so only the last picture's backward overlaps.
+    Each picture is one pass, so only the last picture's backward overlaps. The next step's noise is drawn meanwhile.
     """
     source = np.random.RandomState(world)
     a_picture = picture_seconds(work, world, between, shares)
-    computing = noise * pictures + a_picture * math.ceil(pictures / world)
+    computing = max(noise * pictures, a_picture * math.ceil(pictures / world))
     slowest = np.exp(JITTER * source.randn(STEPS, world)).max(1)
     costs = [message_seconds(size / (2 if half else 1), world, between) for size, _ in work.buckets]
     last = work.backward * a_picture / work.seconds

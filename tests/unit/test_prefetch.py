@@ -5,10 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from graft_pack.trainers import rng
 from graft_pack.trainers.errors import DatasetError
+from graft_pack.trainers.objective.options import NATIVE, Objective
 from graft_pack.trainers.preprocessing.items import DatasetItem, Sample
 from graft_pack.trainers.preprocessing.prefetch import Prefetcher
 from graft_pack.trainers.protocols import Conditioning
+from graft_pack.trainers.steps import step
 
 from tests.support import counting, models, runs
 from tests.support.diffusers_host import WordEncoder, gradient_of, planned, same_tensors
@@ -32,10 +35,10 @@ def items(told, fails=None):
     ]
 
 
-def trained(folder, prefetch, fails=None):
+def trained(folder, prefetch, fails=None, **fields):
     """Return (final state, recorded visits) of a training."""
     told = []
-    with planned(items(told, fails), **FIELDS) as (plan, host):
+    with planned(items(told, fails), **FIELDS, **fields) as (plan, host):
         state = models.train(models.Training(None, host, replace(plan, prefetch=prefetch)), folder)
     return state, told
 
@@ -61,6 +64,32 @@ def test_the_bits_are_the_same_with_and_without(tmp_path):
     assert threads[:2] == ["MainThread"] * 2
     assert all(name.startswith("graft-ahead") for name in threads[2:])
     assert not fetching()
+
+
+OFFSET = Objective(noise_offset=0.1, noise_offset_random_strength="on", adaptive_noise_scale=0.1)
+PYRAMID = Objective(pyramid_discount=0.3, input_perturbation=0.1)
+
+
+@pytest.mark.parametrize("objective", [NATIVE, OFFSET, PYRAMID], ids=["native", "offset", "pyramid"])
+def test_noise_is_drawn_ahead_and_the_same(objective, tmp_path, monkeypatch):
+    """With several processes, each draws the noise of all, and the device waits meanwhile."""
+
+    def generator(*names):
+        threads.append((names, threading.current_thread().name.startswith("graft-ahead")))
+        return rng.generator(*names)
+
+    monkeypatch.setattr(step, "generator", generator)
+    drawn, states = [], []
+    for prefetch in (True, False):
+        threads = []
+        states.append(trained(tmp_path / str(prefetch), prefetch, objective=objective)[0])
+        drawn.append(threads)
+    # Only the first batch's noise is drawn within its step.
+    assert [is_ahead for _, is_ahead in drawn[0]] == [False] * (len(drawn[0]) - 9) + [True] * 9
+    assert [names for names, _ in drawn[0]] == [names for names, _ in drawn[1]]
+    assert not any(is_ahead for _, is_ahead in drawn[1])
+    assert states[0].losses == states[1].losses
+    assert same_tensors(states[0].trainables, states[1].trainables)
 
 
 @pytest.mark.parametrize("prefetch", [True, False])

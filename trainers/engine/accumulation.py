@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,14 +12,13 @@ import torch
 from ..methods.dropout import dropping_out
 from ..runs.loss_by_timestep import times_of
 from ..steps.pending_step import StepLosses
-from ..steps.step import count_terms, forward_passes, loss_terms
+from ..steps.step import count_terms, fetch_batch, forward_passes, loss_terms
 from .oom_fallback import trees_of
 
 if TYPE_CHECKING:
-    from ..preprocessing.items import Sample
-    from ..preprocessing.prefetch import Batch
     from ..protocols import Host
-    from ..steps.plan import Plan, Window
+    from ..steps.plan import BatchRows, Plan, Window
+    from ..steps.predict import MicroBatch
     from .updater import ParameterUpdater
 
 
@@ -27,7 +27,7 @@ def accumulate_gradients(
     host: Host,
     window: Window,
     updater: ParameterUpdater,
-    samples_of: Callable[[Batch], list[Sample]] | None = None,
+    batch_of: Callable[[BatchRows], MicroBatch] | None = None,
 ) -> StepLosses:
     """Run forward and backward over a window. The loss is the mean over all its samples, each times its factor.
 
@@ -36,14 +36,14 @@ def accumulate_gradients(
     raised here too.
 
     Args:
-        samples_of: returns the samples of a batch; `plan.samples` by default.
+        batch_of: `fetch_batch`, perhaps ahead.
     """
-    samples_of = samples_of or plan.samples
+    batch_of = batch_of or partial(fetch_batch, plan, host)
     names = [plan.train[index].name for _, members in window.batches for index, _ in members]
     sums: list[torch.Tensor] = []
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     with dropping_out(trees_of(plan, host), host.denoiser.device, plan.recipe, window.step, host.group.rank):
-        for batch in forward_passes(plan, host, window, samples_of):
+        for batch in forward_passes(plan, host, window, batch_of):
             host.check_interrupt()
             with closing(loss_terms(plan, host, batch, watch=None if batch.is_padding else seen.append)) as terms:
                 left = count_terms(plan, batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ from ..runs.reports import has_stopped_falling, report_early_stop, report_pictur
 from ..runs.run import STOPPED, Run
 from ..steps.pending_step import PendingStep, StepNumbers
 from ..steps.plan import Plan, Window
-from ..steps.step import accuracy_of, fixed_losses, pin_samples, sample_losses
+from ..steps.step import accuracy_of, fetch_batch, fixed_losses, sample_losses
 from .accumulation import accumulate_gradients
 from .checkpointer import Checkpointer
 from .oom_fallback import OOMFallback
@@ -102,8 +103,7 @@ class _Trainer:
         self._lr_factor = lr_factor(recipe.schedule, ScheduleShape.of(recipe))
         self._batches = plan.batches(state.batches)
         self._upcoming = self._take_batches(state.step)
-        device = host.denoiser.device
-        self._prefetcher = Prefetcher(lambda batch: pin_samples(plan.samples(batch), device), plan.prefetch)
+        self._prefetcher = Prefetcher(partial(fetch_batch, plan, host), plan.prefetch)
         self._step: PendingStep | None = None
         # The step whose numbers the host has not read, and the time at which it read the last ones.
         self._pending: PendingStep | None = None
@@ -151,7 +151,7 @@ class _Trainer:
         window = self._upcoming
         self._upcoming = self._take_batches(window.step + 1)
         rows = (*window.rows, *self._upcoming.rows)
-        self._prefetcher.set_upcoming([members for _, members in rows if members])
+        self._prefetcher.set_upcoming([batch for batch in rows if batch.members])
         return window
 
     def _take_batches(self, step: int) -> Window:

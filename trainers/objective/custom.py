@@ -32,9 +32,9 @@ class CustomDraw:
     t: torch.Tensor
     added: torch.Tensor
 
-    def part(self, start: int, stop: int) -> CustomDraw:
-        """Return the draws of the samples from `start` to `stop`."""
-        return CustomDraw(self.objective, self.t[start:stop], self.added[start:stop])
+    def part(self, rows: slice) -> CustomDraw:
+        """Return the draws of some of the samples."""
+        return CustomDraw(self.objective, self.t[rows], self.added[rows])
 
     def losses(
         self,

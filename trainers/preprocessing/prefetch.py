@@ -1,16 +1,14 @@
-"""Samples ahead of their step: fetched in a thread, and kept in memory within a budget."""
+"""Batches ahead of their step, fetched in a thread; and a cache of tensors within a memory budget."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
     import torch
-
-    from .items import Sample
 
 BUDGET = 512 * 1024 * 1024
 
@@ -42,45 +40,44 @@ def _size(tensors: dict[str, torch.Tensor]) -> int:
 
 
 Batch = list[tuple[int, int]]
+Rows = TypeVar("Rows")
+Fetched = TypeVar("Fetched")
 
 
-class Prefetcher:
-    """Prefetcher of the samples of batches; its thread fetches one batch ahead.
+class Prefetcher(Generic[Rows, Fetched]):
+    """Prefetcher of the samples of batches and their noise; its thread fetches one batch ahead.
 
-    A sample depends only on its item and the number of the visit. It is therefore the same to the bit, regardless of
-    the thread and the time of the fetch. No more than one batch is held, since many accumulated batches may be large.
+    What `fetch` returns depends on its argument alone. It is therefore the same to the bit, regardless of the thread
+    and the time of the fetch. No more than one batch is held, since many accumulated batches may be large.
 
     Args:
         threaded: prefetch in a thread; if False, `get` fetches each batch.
     """
 
-    def __init__(self, samples: Callable[[Batch], list[Sample]], threaded: bool = True):
-        self._samples = samples
+    def __init__(self, fetch: Callable[[Rows], Fetched], threaded: bool = True):
+        self._fetch = fetch
         self._pool = ThreadPoolExecutor(1, "graft-ahead") if threaded else None
-        self._coming: list[Batch] = []
-        self._held: tuple[Batch, Future] | None = None
+        self._coming: list[Rows] = []
+        self._held: tuple[Rows, Future[Fetched]] | None = None
 
-    def set_upcoming(self, batches: list[Batch]) -> None:
+    def set_upcoming(self, batches: list[Rows]) -> None:
         """Set the batches that `get` will return from now on, in their order."""
         self._coming = batches
 
-    def get(self, batch: Batch) -> list[Sample]:
-        """Return the samples of a batch, and start to fetch the next one; a repeated call fetches the batch anew.
+    def get(self, batch: Rows) -> Fetched:
+        """Return what was fetched for a batch, and start to fetch the next one. A repeated call fetches it anew.
 
         Raises:
             Exception: any error of fetching this batch, also if it was prefetched.
         """
         held, self._held = self._held, None
-        if held is not None and held[0] is batch:
-            samples = held[1].result()
-        else:
-            samples = self._samples(batch)
+        fetched = held[1].result() if held is not None and held[0] is batch else self._fetch(batch)
         if self._pool is not None:
             places = [place for place, upcoming in enumerate(self._coming) if upcoming is batch]
             rest = self._coming[places[0] + 1 :] if places else []
             if rest:
-                self._held = rest[0], self._pool.submit(self._samples, rest[0])
-        return samples
+                self._held = rest[0], self._pool.submit(self._fetch, rest[0])
+        return fetched
 
     def close(self) -> None:
         """Wait for a fetch in progress, and discard its result."""

@@ -27,6 +27,25 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class BatchRows:
+    """Some rows of a batch, and their place in the training.
+
+    Attributes:
+        step: index of the step.
+        number: index of the batch among the step's accumulated batches.
+        first: index of the first of these rows in the whole batch.
+        batch_size: size of the whole batch over all processes; 0 if the rows are the whole batch.
+        members: the rows.
+    """
+
+    step: int = 0
+    number: int = 0
+    first: int = 0
+    batch_size: int = 0
+    members: Batch = ()
+
+
+@dataclass(frozen=True)
 class Window:
     """The batches of one optimizer step, and the rows of them that this process computes.
 
@@ -35,29 +54,27 @@ class Window:
     Attributes:
         step: index of the step.
         batches: the accumulated batches, each (epoch, members).
-        rows: this process's rows of each batch, as (index of the first one, members).
+        rows: this process's rows of each batch.
     """
 
     step: int
     batches: list[tuple[int, Batch]]
-    rows: list[tuple[int, Batch]]
+    rows: list[BatchRows]
 
     @classmethod
     def of(cls, step: int, batches: list[tuple[int, Batch]], group: protocols.Group) -> Window:
         """Return a window with the rows that fall to this process of the group."""
-        rows = rows_of([len(members) for _, members in batches], group.rank, group.world_size)
-        own = [(part.start, members[part]) for (_, members), part in zip(batches, rows, strict=True)]
-        return cls(step, batches, own)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Return the number of samples in each batch, over all processes."""
-        return [len(members) for _, members in self.batches]
+        parts = rows_of([len(members) for _, members in batches], group.rank, group.world_size)
+        rows = [
+            BatchRows(step, number, part.start, len(members), members[part])
+            for number, ((_, members), part) in enumerate(zip(batches, parts, strict=True))
+        ]
+        return cls(step, batches, rows)
 
     @property
     def size(self) -> int:
         """Return the number of samples in all batches, over all processes."""
-        return sum(self.sizes)
+        return sum(len(members) for _, members in self.batches)
 
     @property
     def epoch(self) -> int:

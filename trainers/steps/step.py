@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -16,40 +16,29 @@ from ..objective.noise import draw_noise, draw_sigmas, spread_sigmas
 from ..objective.options import NATIVE
 from ..objective.targets import parameterization
 from ..rng import generator
+from .plan import BatchRows
 from .predict import MicroBatch, Watch, factors_of, predict, weights_of
 from .slider import both_sides, slider_losses
 
 if TYPE_CHECKING:
     from ..preprocessing.items import DatasetItem, Sample
-    from ..preprocessing.prefetch import Batch
     from ..protocols import Host
     from ..recipe.recipe import Recipe
     from .plan import Plan, Window
 
 _VALIDATION_LEVELS = 4
-
-
-@dataclass(frozen=True)
-class BatchRows:
-    """Place of some samples in the batches of a training.
-
-    Attributes:
-        step: index of the step.
-        number: index of the batch among the step's accumulated batches.
-        first: index of the first of these samples in the whole batch.
-        batch_size: size of the whole batch over all processes; 0 if the samples are the whole batch.
-    """
-
-    step: int = 0
-    number: int = 0
-    first: int = 0
-    batch_size: int = 0
+_FIRST_BATCH = BatchRows()
 
 
 def micro_batches(
-    samples: list[Sample], recipe: Recipe, host: Host, rows: BatchRows = BatchRows()
+    samples: list[Sample], recipe: Recipe, host: Host, rows: BatchRows = _FIRST_BATCH
 ) -> Iterator[MicroBatch]:
-    """Split a batch into micro-batches. Noise and sigmas are drawn for the whole batch, so the split changes nothing.
+    """Draw the noise of a batch's samples, and split them into micro-batches; see `draw_batch`."""
+    return _split(draw_batch(samples, recipe, host, rows), recipe.micro_batch)
+
+
+def draw_batch(samples: list[Sample], recipe: Recipe, host: Host, rows: BatchRows = _FIRST_BATCH) -> MicroBatch:
+    """Return samples with noise and sigmas, which are drawn for the whole batch, so no split changes anything.
 
     Args:
         samples: the samples of the batch that this process computes.
@@ -59,22 +48,33 @@ def micro_batches(
     source = generator("step", recipe.seed, rows.step, rows.number)
     custom = None
     shape = (rows.batch_size or len(samples), *latents.shape[1:])
+    own = slice(rows.first, rows.first + len(samples))
     if recipe.objective == NATIVE:
         sigma = draw_sigmas(host.denoiser.sigmas(), shape[0], source)
         noise = draw_noise(shape, source)
     else:
         sigma, noise, custom = draw_custom(recipe.objective, host.denoiser, shape, source, latents, rows.first)
-    size = recipe.micro_batch or len(samples)
-    for start in range(0, len(samples), size):
-        stop = min(start + size, len(samples))
-        drawn = slice(rows.first + start, rows.first + stop)
-        part = None if custom is None else custom.part(drawn.start, drawn.stop)
-        is_last = stop == len(samples)
-        yield MicroBatch(samples[start:stop], latents[start:stop], noise[drawn], sigma[drawn], part, is_last=is_last)
+        custom = custom.part(own)
+    return MicroBatch(samples, latents, noise[own], sigma[own], custom)
+
+
+def _split(batch: MicroBatch, size: int) -> Iterator[MicroBatch]:
+    """Yield micro-batches of at most `size` samples; the whole batch if it is 0."""
+    count = len(batch.samples)
+    for start in range(0, count, size or count):
+        rows = slice(start, start + (size or count))
+        custom = None if batch.custom is None else batch.custom.part(rows)
+        tensors = (tensor[rows] for tensor in (batch.x0, batch.noise, batch.sigma))
+        yield MicroBatch(batch.samples[rows], *tensors, custom, is_last=rows.stop >= count)
+
+
+def fetch_batch(plan: Plan, host: Host, rows: BatchRows) -> MicroBatch:
+    """Return the samples of some rows, with their noise and sigmas. Any thread may call this."""
+    return draw_batch(pin_samples(plan.samples(rows.members), host.denoiser.device), plan.recipe, host, rows)
 
 
 def forward_passes(
-    plan: Plan, host: Host, window: Window, samples_of: Callable[[Batch], list[Sample]]
+    plan: Plan, host: Host, window: Window, batch_of: Callable[[BatchRows], MicroBatch]
 ) -> Iterator[MicroBatch]:
     """Yield the micro-batches of a window that this process computes.
 
@@ -83,25 +83,23 @@ def forward_passes(
     as padding.
 
     Args:
-        samples_of: returns the samples of some members.
+        batch_of: returns what `fetch_batch` does.
     """
     lockstep = host.group.lockstep
-    recipe = replace(plan.recipe, micro_batch=1) if lockstep else plan.recipe
+    size = 1 if lockstep else plan.recipe.micro_batch
     fill = _with_prior_targets if lockstep and any(item.has_prior_target for item in plan.train) else list
-    sizes = window.sizes
-    counts = [len(members) for _, members in window.rows]
-    pads = lockstep and sum(counts) < -(-sum(sizes) // host.group.world_size)
-    for number, (first, members) in enumerate(window.rows):
-        if members:
+    counts = [len(rows.members) for rows in window.rows]
+    pads = lockstep and sum(counts) < -(-window.size // host.group.world_size)
+    for number, rows in enumerate(window.rows):
+        if rows.members:
             is_last = not pads and not any(counts[number + 1 :])
-            rows = BatchRows(window.step, number, first, sizes[number])
-            for batch in micro_batches(fill(samples_of(members)), recipe, host, rows):
-                yield replace(batch, is_last=batch.is_last and is_last)
+            batch = batch_of(rows)
+            for part in _split(replace(batch, samples=fill(batch.samples)), size):
+                yield replace(part, is_last=part.is_last and is_last)
     if pads:
-        # Not `samples_of`: the prefetcher would discard the batch that it has fetched ahead.
+        # Not `batch_of`: the prefetcher would discard the batch that it has fetched ahead.
         padding = [_without_loss(sample) for sample in plan.samples(window.batches[0][1][:1])]
-        for batch in micro_batches(fill(padding), recipe, host, BatchRows(window.step, 0, 0, sizes[0])):
-            yield replace(batch, is_padding=True)
+        yield replace(draw_batch(fill(padding), plan.recipe, host), is_padding=True, is_last=True)
 
 
 def _without_loss(sample: Sample) -> Sample:
