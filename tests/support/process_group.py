@@ -113,10 +113,11 @@ def join(given):
     group.close()
 
 
-def train(group, folder, fields, death=None):
+def train(group, folder, fields, death=None, spare=False):
     """Run a whole training; return {"losses", "resumed_from"}, or the name of the error that ended it.
 
     Args:
+        spare: add the weights of `add_spare` to the network.
         death: (rank, where, count): that process dies as by kill -9 when it comes to `where` for the count-th time;
             `where` is "part" (of a gradient), "bucket" (before it is sent), "sum" (before the sums are awaited),
             "summed" or "report".
@@ -149,11 +150,25 @@ def train(group, folder, fields, death=None):
     gradient_reducer.BucketReducer._send = send
     host = make_host(lambda event, payload: reached("report"))
     host = replace(host, check_interrupt=lambda: reached("part"), group=group)
+    if spare:
+        add_spare(host.denoiser._unet)
     try:
         result = run_session(Path(folder), host=host, **fields)
     except PeerLostError:
         return "PeerLostError"
     return {"losses": result.losses, "resumed_from": result.resumed_from}
+
+
+def add_spare(network):
+    """Add to a block of a network a weight that nothing uses, and one whose elements all have the same gradient."""
+    import torch
+    from graft_pack.trainers.memory.autograd import blocks_of
+
+    block = blocks_of(network)[0]
+    block.unused, block.even = (torch.nn.Linear(8, 64, bias=False).requires_grad_(False) for _ in range(2))
+    for linear in (block.unused, block.even):
+        torch.nn.init.ones_(linear.weight)
+    block.resnets[0].register_forward_hook(lambda module, args, output: output + block.even.weight.mean())
 
 
 def train_kinds(group, folder, names, fields):

@@ -98,6 +98,19 @@ def test_same_bits_after_a_kill(fields, tmp_path):
     }
 
 
+@pytest.mark.parametrize("fields", [SHARDS, {**ONE_EACH, "shard": "on"}], ids=["after", "within"])
+def test_unused_weights_stay_and_each_shard_rounds_for_itself(fields, tmp_path):
+    """After the backward, and within it. FSDP2 sends zeros for an unused weight, and AdamW would decay it."""
+    fields = {**fields, **BF16, "optimizer": "AdamW", "weight_decay": 0.5}
+    assert None not in ProcessGroup(2).run("train", folder=str(tmp_path), fields=fields, spare=True)
+    values = state_in(tmp_path, fields["steps"]).trainables
+    unused, even = (next(value for name, value in values.items() if key in name) for key in (".unused.", ".even."))
+    assert torch.equal(unused, torch.ones_like(unused))
+    # All elements of both shards had the same gradients.
+    first, second = even.chunk(2)
+    assert len(even.unique()) > 1 and not torch.equal(first, second)
+
+
 @pytest.mark.parametrize("optimizer", ["AdamW", "RAdam", "SGD"])
 def test_weights_are_updated_within_the_backward(optimizer, tmp_path):
     """The last batch of an epoch is smaller, so that one process has no picture."""
