@@ -63,7 +63,7 @@ def faulty(monkeypatch):
         # Without a C++ compiler.
         monkeypatch.setattr(compilation, "BACKEND", "aot_eager")
 
-        def gradients(plan, host, window, updater, samples_of):
+        def gradients(plan, host, window, updater, batch_of):
             if window.step == 1:
                 if outcome == "raised":
                     raise Fault("in the second step")
@@ -71,7 +71,7 @@ def faulty(monkeypatch):
                     comfy.model_management.interrupt_current_processing(True)
                 if outcome in ("stopped", "paused"):
                     REGISTRY.of_node("7").submit(UserCommand.STOP if outcome == "stopped" else UserCommand.PAUSE)
-            losses = real(plan, host, window, updater, samples_of)
+            losses = real(plan, host, window, updater, batch_of)
             return (
                 replace(losses, sums=losses.sums * float("nan"))
                 if outcome == "not a number" and window.step == 1

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -189,12 +190,14 @@ def test_an_error_within_a_step_leaves_the_adapter_at_its_strength():
     with training("SD1", torch.float32) as made:
         from graft_pack.trainers.engine import loop
         from graft_pack.trainers.steps.plan import Window
+        from graft_pack.trainers.steps.step import fetch_batch
 
         noise, sigma = draws(made)
         before = predicted(made, noise.float(), sigma, 0)
         updater = type("Failing", (), {"backward": staticmethod(fail)})
         with pytest.raises(RuntimeError, match="stop") as caught:
-            loop.accumulate_gradients(made.plan, made.host, Window.of(0, [(0, [(0, 0)])], made.host.group), updater)
+            window = Window.of(0, [(0, [(0, 0)])], made.host.group)
+            loop.accumulate_gradients(made.plan, made.host, window, updater, partial(fetch_batch, made.plan, made.host))
         # The traceback keeps the frames of the step.
         assert caught.tb is not None
         assert torch.equal(predicted(made, noise.float(), sigma, 0), before)

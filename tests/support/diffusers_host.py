@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -452,13 +453,15 @@ def gradient_of(plan, host, batches, step=0):
     from graft_pack.trainers.engine import loop
     from graft_pack.trainers.engine.updater import ParameterUpdater
     from graft_pack.trainers.steps.plan import Window
+    from graft_pack.trainers.steps.step import fetch_batch
 
     from tests.support import models
 
     for parameter in plan.trainables.values():
         parameter.grad = None
     window = Window.of(step, batches, host.group)
-    losses = loop.accumulate_gradients(plan, host, window, ParameterUpdater(plan, host))
+    updater = ParameterUpdater(plan, host)
+    losses = loop.accumulate_gradients(plan, host, window, updater, partial(fetch_batch, plan, host))
     return losses.mean, models.joined(p.grad for p in plan.trainables.values()), losses.names
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +11,7 @@ import torch
 from ..methods.dropout import dropping_out
 from ..runs.loss_by_timestep import times_of
 from ..steps.pending_step import StepLosses
-from ..steps.step import count_terms, fetch_batch, forward_passes, loss_terms
+from ..steps.step import count_terms, forward_passes, loss_terms
 from .oom_fallback import trees_of
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def accumulate_gradients(
     host: Host,
     window: Window,
     updater: ParameterUpdater,
-    batch_of: Callable[[BatchRows], MicroBatch] | None = None,
+    batch_of: Callable[[BatchRows], MicroBatch],
 ) -> StepLosses:
     """Run forward and backward over a window. The loss is the mean over all its samples, each times its factor.
 
@@ -36,9 +35,8 @@ def accumulate_gradients(
     raised here too.
 
     Args:
-        batch_of: `fetch_batch`, perhaps ahead.
+        batch_of: returns what `fetch_batch` does.
     """
-    batch_of = batch_of or partial(fetch_batch, plan, host)
     names = [plan.train[index].name for _, members in window.batches for index, _ in members]
     sums: list[torch.Tensor] = []
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
