@@ -12,8 +12,10 @@ import runpy
 import signal
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 # Importing these takes four times as long as a process's own work.
@@ -113,27 +115,40 @@ def join(given):
     group.close()
 
 
-def train(group, folder, fields, death=None, spare=False):
-    """Run a whole training; return {"losses", "resumed_from"}, or the name of the error that ended it.
+def train(group, folder, fields, kind="LoRA", death=None, spare=False):
+    """Run a whole training; return {"losses", "resumed_from", "moments"}, or the name of the error that ended it.
 
     Args:
-        spare: add the weights of `add_spare` to the network.
+        kind: of `kinds.FIELDS`, for the dataset and the text encoder.
         death: (rank, where, count): that process dies as by kill -9 when it comes to `where` for the count-th time;
             `where` is "part" (of a gradient), "bucket" (before it is sent), "sum" (before the sums are awaited),
-            "summed" or "report".
+            "summed", "gather" (of a shard), "report", "file" (before it is in place), or "any" of these: `moments`
+            counts them all.
+        spare: add the weights of `add_spare` to the network.
     """
     from graft_pack.trainers.distributed import gradient_reducer
     from graft_pack.trainers.errors import PeerLostError
 
+    from tests.support import kinds
     from tests.support.diffusers_host import make_host, run_session
 
-    def reached(where):
-        if death is not None and death[:2] == (group.rank, where):
-            counts[where] = counts.get(where, 0) + 1
-            if counts[where] == death[2]:
+    def reached(place):
+        for where in (place, "any"):
+            counts[where] += 1
+            if death == (group.rank, where, counts[where]):
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    counts = {}
+    def replace_file(*paths):
+        reached("file")
+        in_place(*paths)
+
+    def gather_shares(*given):
+        reached("gather")
+        return gathered(*given)
+
+    counts = Counter()
+    in_place, os.replace = os.replace, replace_file
+    gathered, group.gather_shares = group.gather_shares, gather_shares
     whole = gradient_reducer.BucketReducer.finish
     sent = gradient_reducer.BucketReducer._send
 
@@ -148,15 +163,15 @@ def train(group, folder, fields, death=None, spare=False):
 
     gradient_reducer.BucketReducer.finish = finish
     gradient_reducer.BucketReducer._send = send
-    host = make_host(lambda event, payload: reached("report"))
+    host = make_host(lambda event, payload: reached("report"), kinds.text_of(kind))
     host = replace(host, check_interrupt=lambda: reached("part"), group=group)
     if spare:
         add_spare(host.denoiser._unet)
     try:
-        result = run_session(Path(folder), host=host, **fields)
+        result = run_session(Path(folder), host=host, dataset=kinds.dataset_of(kind), **fields)
     except PeerLostError:
         return "PeerLostError"
-    return {"losses": result.losses, "resumed_from": result.resumed_from}
+    return {"losses": result.losses, "resumed_from": result.resumed_from, "moments": counts["any"]}
 
 
 def add_spare(network):
@@ -278,6 +293,7 @@ def gradients(group, fields, windows):
     from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
     from graft_pack.trainers.recipe.options import HYBRID, SHARDED
     from graft_pack.trainers.steps.plan import Window
+    from graft_pack.trainers.steps.step import fetch_batch
 
     from tests.support import models
     from tests.support.diffusers_host import make_item, planned
@@ -308,7 +324,7 @@ def gradients(group, fields, windows):
             window = Window.of(step, batches, group)
             updater = Watched(plan, host)
             updater.begin(step)
-            losses = loop.accumulate_gradients(plan, host, window, updater)
+            losses = loop.accumulate_gradients(plan, host, window, updater, partial(fetch_batch, plan, host))
             updater.sum_gradients()
             updater.close()
             if not trains_all:

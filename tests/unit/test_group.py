@@ -1,5 +1,7 @@
 """Tests of real process groups over gloo: they train as one process does, and losing a process costs a few steps."""
 
+import random
+
 import pytest
 import torch
 from graft_pack.trainers.distributed.group import rows_of
@@ -167,6 +169,42 @@ def test_resumed_by_fewer_or_more_processes(straight, tmp_path, trials):
             assert ProcessGroup(other).run("train", folder=str(folder), fields=FULL)[0]["resumed_from"] == reached
         assert 0 < reached < 6
         assert_close(folder, straight)
+
+
+IN_SHARDS = {"method": "all weights", "rank": 0, "alpha": 0.0, "targets": "all weights", "learning_rate": 1e-4}
+IN_SHARDS |= {"max_grad_norm": 0.1, "shard": "on"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", ["LoRA", "all weights", "in shards", "embedding", "class images"])
+def test_killed_at_random_moments_and_resumed_by_another_number(kind, tmp_path, trials):
+    """The last save counts, whatever was going on. Textual inversion is `embedding`, DreamBooth `class images`."""
+    if not (count := trials(0, 20)):
+        pytest.skip("`make soak` kills every kind")
+    source = random.Random(kind)
+    fields = {**FULL, **(IN_SHARDS if kind == "in shards" else kinds.FIELDS[kind])}
+    kind = kind if kind in kinds.FIELDS else "all weights"
+    folder = tmp_path / "straight"
+    whole = {**fields, "shard": "off"}
+    run_session(folder, host=make_host(text=kinds.text_of(kind)), dataset=kinds.dataset_of(kind), **whole)
+    told, moments = {"kind": kind, "fields": fields}, {}
+    for world in (1, 2, 3):
+        answers = ProcessGroup(world).run("train", folder=str(tmp_path / str(world)), **told)
+        moments[world] = [answer["moments"] for answer in answers]
+    starts = []
+    for number in range(count):
+        world, other = source.sample([1, 2, 3], 2)
+        rank = source.randrange(world)
+        death = (rank, "any", source.randint(1, moments[world][rank]))
+        place = tmp_path / f"killed{number}"
+        group = ProcessGroup(world)
+        group.run("train", folder=str(place), death=death, **told)
+        assert group.exitcodes[rank] == -9, death
+        answers = ProcessGroup(other).run("train", folder=str(place), **told)
+        assert None not in answers, death
+        starts.append((world, other, answers[0]["resumed_from"]))
+        assert_close(place, folder)
+    print(f"{count} of {count} (processes, then processes, from step): {starts}")
 
 
 def test_an_error_of_one_ends_all_and_none_waits(tmp_path):
