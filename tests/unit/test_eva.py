@@ -1,12 +1,14 @@
 """Tests of EVA: A starts at the main directions of its layer's inputs, and a run begins where the base is."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from graft_pack.trainers.methods.eva import start_at_inputs
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from tests.support.diffusers_host import run_session, same_state, same_tensors, state_of
+from tests.support.diffusers_host import make_dataset, run_session, same_state, same_tensors, state_of
 
 EVA = {"rank": 4, "steps": 3, "batch_size": 2, "save_every": 1, "adapter_args": (("eva", True),)}
 
@@ -95,3 +97,16 @@ def test_values_to_start_from_win(tmp_path):
         for arguments in ((), EVA["adapter_args"])
     ]
     assert same_tensors(runs[0].adapter, runs[1].adapter)
+
+
+@pytest.mark.parametrize("fields", [EVA, {"steps": 2, "base_dtype": "fp8 (scaled)"}])
+@pytest.mark.parametrize("shuffles", [True, False])
+def test_captions_may_vary(tmp_path, fields, shuffles):
+    """The unvaried caption need not be among those of the visits."""
+    dataset = make_dataset()
+    captions = ("a, b, c, d, e, f",) if shuffles else tuple(f"line {number}" for number in range(9))
+    rows = [
+        replace(example, captions=captions, handling=replace(example.handling, shuffle_tags=shuffles))
+        for example in dataset.examples
+    ]
+    assert run_session(tmp_path, dataset=replace(dataset, examples=tuple(rows)), **fields).step == fields["steps"]

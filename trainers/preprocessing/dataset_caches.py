@@ -177,7 +177,7 @@ class CacheFiller:
     def fill_captions(
         self, training: list[CroppedExample], validation: list[CroppedExample], picture_count: int
     ) -> None:
-        """Encode the captions that the run will use, those of validation, and the prompts of prior targets.
+        """Encode the captions that the run will use, also unvaried, and the prompts of prior targets.
 
         Args:
             picture_count: number of pictures in the whole dataset, see `captions.variant_count`.
@@ -200,7 +200,8 @@ class CacheFiller:
     def _texts(
         self, training: list[CroppedExample], validation: list[CroppedExample], picture_count: int
     ) -> Iterator[tuple[str | EncodedPrompt, CroppedExample, Crop]]:
-        for cropped in validation:
+        # EVA and the measurement of a quantized base take unvaried training pictures.
+        for cropped in (*validation, *training):
             for crop in cropped.crops:
                 yield cropped.unvaried_prompt(), cropped, crop
         for cropped in training:
