@@ -19,7 +19,7 @@ from PIL import Image
 
 from tests.support import graphs, runs
 from tests.support.host import ROOT
-from tests.support.server import STYLES, ComfyServer, PromptError, PromptInterrupted, link
+from tests.support.server import STYLES, ComfyServer, PromptError, PromptInterrupted, find_free_port, link
 from tests.toy import world
 
 STEPS = 3
@@ -243,31 +243,54 @@ def listens(process, port):
     return any(one.laddr.port == port and one.status == psutil.CONN_LISTEN for one in connections)
 
 
+def lose(machine):
+    """Kill a launcher, which would start its processes again, and then its processes."""
+    if psutil.pid_exists(machine.pid):
+        processes = [psutil.Process(machine.pid), *psutil.Process(machine.pid).children(recursive=True)]
+        for process in processes:
+            process.kill()
+
+
 @pytest.mark.soak
-def test_a_machine_is_lost_and_the_other_goes_on_alone(server, dataset, trials):
-    """Two launchers on this machine stand for two machines; one is killed with its process."""
+@pytest.mark.parametrize("has_main", [False, True], ids=["other", "main"])
+def test_a_machine_is_lost_and_the_other_goes_on_alone(has_main, server, dataset, trials):
+    """Two launchers stand for two machines. The one without the meeting point is lost, with the main process or not."""
     if trials(True, False):
         pytest.skip("the launchers notice it after a minute; `make soak` waits")
-    steps, saved = 40, 4
-    job = exported(server, graph_of(server, dataset, "machines", steps, kind="GraftExportJob", save_every=saved))
+    steps, saved, port = 40, 4, find_free_port()
+    name = "main machine" if has_main else "machine"
+    job = exported(server, graph_of(server, dataset, name, steps, kind="GraftExportJob", save_every=saved))
     log = server.path("output", "graft", job.name, "metrics.jsonl")
     line = next(line for line in (job / "README.md").read_text(encoding="utf-8").splitlines() if "--nnodes 1:2" in line)
-    line = line.strip().replace("HOST", "127.0.0.1").replace("--nproc_per_node 4", "--nproc_per_node 1")
-    machines = [start(server, job, line, "--cpu") for _ in range(2)]
+    line = line.strip().replace("HOST:29500", f"127.0.0.1:{port}").replace("--nproc_per_node 4", "--nproc_per_node 1")
+    machines = []
     try:
-        step_reached(machines[0], log, saved)
+        # torchrun numbers the machines of one address by process id. The first to listen holds the meeting point.
+        machines.append(start(server, job, line, "--cpu"))
+        if has_main:
+            machines[0].send_signal(signal.SIGSTOP)
+            machines.append(start(server, job, line, "--cpu"))
+        stays = machines[-1]
+        while not listens(stays, port):
+            assert stays.poll() is None, finished(stays)
+            time.sleep(0.1)
+        if has_main:
+            machines[0].send_signal(signal.SIGCONT)
+        else:
+            machines.append(start(server, job, line, "--cpu"))
+        lost = machines[0] if has_main else machines[1]
+        step_reached(stays, log, saved)
         assert json.loads((log.parent / "recipe.json").read_text())["processes"] == 2
-        # The launcher that hosts the meeting point stays.
-        first, second = sorted(machines, key=lambda machine: not listens(machine, 29500))
-        for child in (*psutil.Process(second.pid).children(recursive=True), second):
-            child.kill()
-        done = finished(first)
+        assert list(workers_of(lost)) == ["0" if has_main else "1"]
+        lose(lost)
+        done = finished(stays)
     finally:
-        for process in machines:
-            process.kill()
+        for machine in machines:
+            lose(machine)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Graft: 1 processes" in done.stderr, done.stderr
-    assert [line["step"] for line in events_of(log.parent) if line["event"] == "step"][-1] == steps
+    logged = [line["step"] for line in events_of(log.parent) if line["event"] == "step"]
+    assert logged == list(range(1, steps + 1))
 
 
 SHARED = {"GraftMemoryOptions": {"shard": "on"}, "GraftPreviewOptions": {"prompts": "a toy", "steps": 1, "every": 2}}
