@@ -39,8 +39,8 @@ test: $(STAMP) chromium  ## run the whole suite
 	$(BIN)/python -m tests.support.base
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-# Two minutes at most on two idle cores: no ComfyUI is started or imported.
-quick: lint  ## check the style, and run the tests that need no ComfyUI
+# Two minutes at most on two idle cores: no ComfyUI is started or imported, and no group of processes.
+quick: lint  ## check the style, and run the tests that need neither ComfyUI nor several processes
 	OMP_NUM_THREADS=1 $(BIN)/pytest tests --quick -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # A bound is five times what is measured, on every CPU: run it with ATEN_CPU_CAPABILITY=default too, and THREADS=2.

@@ -24,7 +24,7 @@ settings.load_profile("graft")
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="run the long trials at their full counts")
-    parser.addoption("--quick", action="store_true", help="run the tests that need no ComfyUI and are no long trial")
+    parser.addoption("--quick", action="store_true", help="run what needs neither ComfyUI nor several processes")
     parser.addoption("--margins", action="store_true", help="list numeric checks that are close to their bounds")
 
 

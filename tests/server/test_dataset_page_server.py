@@ -227,6 +227,7 @@ def test_a_hundred_requests_in_flight_are_all_answered(server, folder):
     assert all(content[:4] == b"RIFF" for content in contents)
 
 
+@pytest.mark.server
 def test_a_killed_server_leaves_the_old_or_the_new_caption(tmp_path):
     with ComfyServer(tmp_path / "server") as server:
         folder = server.path("input", "photos")

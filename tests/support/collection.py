@@ -13,7 +13,7 @@ from .host import ROOT
 
 # Fixtures that need ComfyUI or a browser. All other fixtures that need one of them use one of these.
 HOSTS = {"comfy", "tiny_base", "chromium"}
-LONG = ("slow", "soak")
+LEFT_OUT = ("browser", "server", "slow", "soak")
 
 
 class NamedModule(pytest.Module):
@@ -68,6 +68,6 @@ def is_soak_only(item):
 
 
 def is_quick(item):
-    """Report whether a test needs no ComfyUI and is no long trial."""
+    """Report whether a test needs neither ComfyUI nor several processes, and is no long trial."""
     needs_comfy = HOSTS & set(item.fixturenames) or hasattr(item.function, "is_forked")
-    return not needs_comfy and not any(item.get_closest_marker(name) for name in LONG)
+    return not needs_comfy and not any(item.get_closest_marker(name) for name in LEFT_OUT)

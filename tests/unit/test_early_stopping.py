@@ -207,6 +207,7 @@ def test_interrupted_at_the_validation_that_ends_it_it_has_ended(stopped, tmp_pa
     assert events_of(result.run, "early stop") == events_of(expected.run, "early stop")
 
 
+@pytest.mark.slow
 def test_several_processes_end_together(tmp_path):
     fields = {**STOPS, "batch_size": 2, "validate_every": 1, "patience": 1}
     assert None not in ProcessGroup(2).run("train", timeout=60, folder=str(tmp_path), fields=fields)

@@ -62,6 +62,7 @@ def shared(tmp_path_factory):
 RUNS = ["shared", "hybrid"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_the_result_is_that_of_one_process(straight, kind, request):
     folder = request.getfixturevalue(kind)
@@ -122,12 +123,14 @@ def test_an_error_of_one_ends_all_and_none_waits(tmp_path, trials):
         assert answers[1 - rank] == "PeerLostError"
 
 
+@pytest.mark.slow
 def test_memory_that_runs_out_in_a_step_ends_the_attempt(tmp_path):
     """The others are in the middle of the step. A process that repeats it alone would deadlock with them."""
     answers = ProcessGroup(2).run("fail", timeout=60, folder=str(tmp_path), fields=SHARED, rank=1, memory=1)
     assert answers == ["PeerLostError", "OutOfMemory"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where, times", [("preview", 1), ("preview", 2), ("validation", 1)])
 def test_memory_that_runs_out_where_one_works_alone_is_found(straight, tmp_path, where, times):
     failing = {"fields": SHARED, "rank": 0, "where": where, "memory": times}

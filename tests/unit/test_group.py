@@ -69,6 +69,7 @@ def test_gradients_of_a_global_batch_are_those_of_one_process(fields, trials):
                 assert overlapped == (0 if is_idle else number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True], ids=["exact", "bf16"])
 def test_sums_of_any_gradients_in_any_order_of_arrival(half, trials):
     for world in trials([3], [2, 3, 4]):
@@ -124,6 +125,7 @@ def each_kind(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"shard": "on"}], ids=["whole", "shards"])
 def test_every_kind_of_training_gives_what_one_process_gives(fields, each_kind, tmp_path):
     """One process updates all weights within the backward; several processes update them after it."""
@@ -207,11 +209,13 @@ def test_killed_at_random_moments_and_resumed_by_another_number(kind, tmp_path, 
     print(f"{count} of {count} (processes, then processes, from step): {starts}")
 
 
+@pytest.mark.slow
 def test_an_error_of_one_ends_all_and_none_waits(tmp_path):
     answers = ProcessGroup(2).run("fail", folder=str(tmp_path), fields={**FULL, "preview_prompts": ()}, rank=1)
     assert answers == ["PeerLostError", "KeyError"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_who_has_no_room_for_the_messages_ends_all_and_none_waits(tmp_path, rank):
     fields = {**FULL, "preview_prompts": ()}
@@ -220,6 +224,7 @@ def test_who_has_no_room_for_the_messages_ends_all_and_none_waits(tmp_path, rank
     assert (answers[rank], answers[1 - rank]) == ("OutOfMemory", "PeerLostError")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world, after", [(2, 0), (3, 4)])
 def test_memory_that_runs_out_between_two_buckets_costs_no_step(straight, tmp_path, world, after):
     """The process computes the step again. The sums of the buckets that it has sent stay."""
@@ -229,6 +234,7 @@ def test_memory_that_runs_out_between_two_buckets_costs_no_step(straight, tmp_pa
     assert_close(tmp_path, straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [0, 3])
 def test_an_error_between_two_buckets_ends_all_and_none_waits(tmp_path, after):
     failing = {"fields": {**FULL, "preview_prompts": ()}, "rank": 1, "where": "bucket", "after": after}
@@ -236,6 +242,7 @@ def test_an_error_between_two_buckets_ends_all_and_none_waits(tmp_path, after):
     assert answers == ["PeerLostError", "KeyError", "PeerLostError"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [[0], [1]], ids=["main", "other"])
 def test_processes_that_start_again_do_not_look_for_those_before_the_restart(late):
     group = ProcessGroup(2)

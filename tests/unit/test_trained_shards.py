@@ -32,6 +32,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["off", "on"])
 def test_gradient_and_bytes_held(checkpointing, trials):
     """Also if a step has fewer pictures than processes."""
@@ -111,6 +112,7 @@ def test_unused_weights_stay_and_each_shard_rounds_for_itself(fields, tmp_path):
     assert len(even.unique()) > 1 and not torch.equal(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["AdamW", "RAdam", "SGD"])
 def test_weights_are_updated_within_the_backward(optimizer, tmp_path):
     """The last batch of an epoch is smaller, so that one process has no picture."""
@@ -179,6 +181,7 @@ def test_optimizer_updates_each_number_alone(name):
     assert torch.equal(torch.cat(halves), trained(slice(0, 4)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where, errors", [("part", ["PeerLostError", "KeyError"]), ("nan", ["NumbersError"] * 2)])
 def test_error_in_one_process_ends_all_and_none_waits(where, errors, tmp_path):
     """Within a backward the others wait for it, so all processes agree on a loss before."""
