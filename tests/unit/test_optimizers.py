@@ -450,6 +450,12 @@ def test_what_needs_all_parameters_refuses_bf16(name):
         check_recipe(recipe)
 
 
+def test_prodigy_plus_refuses_the_argument_with_which_it_updates_nothing():
+    check_recipe(recipe_of("ProdigyPlusScheduleFree", optimizer_args=(("fused_back_pass", False),)))
+    with pytest.raises(SettingsError, match="fused_back_pass.* updates nothing"):
+        check_recipe(recipe_of("ProdigyPlusScheduleFree", optimizer_args=(("fused_back_pass", True),)))
+
+
 def test_adamw_keeps_nothing_of_its_groups():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = made("AdamW", [parameter])

@@ -275,6 +275,12 @@ class ProdigyPlusScheduleFree(FindsRate, AdamWScheduleFree):
     def check(self, recipe):
         super().check(recipe)
         AdamWScheduleFree.check(self, recipe)
+        if dict(recipe.optimizer_args).get("fused_back_pass"):
+            raise SettingsError(
+                "optimizer_args has fused_back_pass, with which the optimizer's own step updates nothing.",
+                "Remove it.",
+                "optimizer_args",
+            )
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
