@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from graft_pack.trainers.data import captions
+from graft_pack.trainers.data import captions, prior
 from graft_pack.trainers.data.arrays import from_arrays
 from graft_pack.trainers.data.examples import Augmentation
 from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
@@ -85,6 +85,19 @@ def test_class_images_keep_their_captions():
         replace(dataset, examples=(dataset.examples[0], of_class)), "my-word", "object"
     )
     assert found.examples[1] == of_class
+
+
+@pytest.mark.parametrize("caption, trigger", [("a sks dog", "sks dog"), ("", "sks dog"), ("a photo of my-word", "")])
+def test_class_prompts_by_caption_replace_the_word(caption, trigger):
+    """The base's prediction for the subject itself must not be held."""
+    dataset = from_arrays([np.zeros((64, 64, 3), np.uint8)], [caption], trigger, 64)
+    dataset = replace(dataset, trigger=trigger or caption)
+    dataset = prior.add_prior_target(dataset, "a dog", 1.0, prior.BY_CAPTION)
+    (example,) = textual_inversion.insert_placeholder(dataset, "my-word", "object").examples
+    for variant in range(len(example.captions)):
+        caption = captions.make_variant(example, variant)
+        (prompt,) = prior.class_prompts(example.anchor, caption)
+        assert "my-word" in caption and "my-word" not in prompt and "a dog" in prompt
 
 
 def test_the_word_is_neither_dropped_nor_shuffled_away():

@@ -178,7 +178,9 @@ def insert_placeholder(dataset: Dataset, name: str, templates: str) -> Dataset:
             texts = tuple(template.format(word) for template in TEMPLATES[templates])
         elif not example.trigger and not all(word in text for text in texts):
             lacking.append(example.source.name)
-        examples.append(replace(example, captions=texts, trigger=word))
+        # A class prompt by caption has the class where the embedding is now.
+        anchor = example.anchor and replace(example.anchor, replaced=_renamed(example.anchor.replaced, example, name))
+        examples.append(replace(example, captions=texts, trigger=word, anchor=anchor))
     if lacking:
         shown = ", ".join(lacking[:5]) + (" ..." if len(lacking) > 5 else "")
         raise DatasetError(
