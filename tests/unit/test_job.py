@@ -15,6 +15,7 @@ import torch
 from graft_pack.trainers.data.examples import Augmentation, EncodedPrompt, PriorTarget
 from graft_pack.trainers.data.scan import ScanOptions, scan_folder
 from graft_pack.trainers.engine import job as jobs
+from graft_pack.trainers.engine import job_json
 from graft_pack.trainers.engine.session import run_recipe
 from graft_pack.trainers.errors import RunError
 from graft_pack.trainers.formats import atomic, files, json_files
@@ -49,6 +50,15 @@ def export(folder, dataset=None, base=BASE, **fields):
     recipe = models.recipe("SD1", **{**FIELDS, **fields})
     dataset = dataset or make_dataset()
     return jobs.export_job(str(folder / "jobs"), recipe, dataset, make_host(), folders_of(folder), base)
+
+
+@pytest.mark.parametrize("anchor", [("a picture", 0.3), ("", 1.0, ("a", "")), ("a thing", 0.5, (), "sks")])
+def test_prior_targets_come_along_and_earlier_versions_read_the_plain_one(anchor):
+    dataset = make_dataset(1)
+    dataset = replace(dataset, examples=(replace(dataset.examples[0], anchor=PriorTarget(*anchor)),))
+    values = json.loads(json.dumps(job_json.dataset_as_json(dataset)))
+    assert job_json.decode_dataset(values).examples[0].anchor == PriorTarget(*anchor)
+    assert len(anchor) > 2 or set(values["examples"][0]["anchor"]) == {"prompt", "weight"}
 
 
 def test_trained_from_a_job_it_is_the_same_run(tmp_path):

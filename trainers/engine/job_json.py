@@ -36,10 +36,10 @@ def _example_as_json(example: Example) -> dict[str, Any]:
     row["handling"] = asdict(example.handling)
     row["name"] = example.source.name
     row["mask"] = [example.mask.name, example.mask.digest] if example.mask is not None else None
-    row["anchor"] = asdict(example.anchor) if example.anchor is not None else None
+    row["anchor"] = example.anchor and {k: v for k, v in asdict(example.anchor).items() if v or k == "prompt"}
     row["control"] = _example_as_json(example.control) if example.control is not None else None
     row["left_out"] = asdict(example.left_out) if example.left_out is not None else None
-    # Only where there is one, so that earlier versions read other jobs.
+    # These, and later fields of the anchor, only where there is one, so that earlier versions read other jobs.
     if example.center is not None:
         row["center"] = example.center
     if example.encoded is not None:
