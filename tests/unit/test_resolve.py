@@ -211,6 +211,16 @@ def test_a_preset_fills_what_the_user_leaves_unset(name, node):
     assert "Prodigy" not in describe_preset(recipe) and "Adafactor" not in describe_preset(recipe)
 
 
+@pytest.mark.parametrize("options, blames", [({}, True), ({"optimizer": "Adafactor"}, True), ({"beta2": 0.9}, False)])
+def test_an_error_over_what_a_preset_has_set_names_the_preset(options, blames):
+    """The user cannot unset what is unset."""
+    fields = {"preference_beta": 2000.0} if not options else {}
+    options = {"optimizer": "Adafactor", **options} if options else options
+    with pytest.raises(SettingsError) as caught:
+        resolved(Options().adding("optimizer", {**options, "preset": "SDXL character"}), **fields)
+    assert ("The preset SDXL character has set it" in caught.value.cure) == blames
+
+
 def test_without_a_preset_nothing_is_told():
     assert describe_preset(resolved()) == ""
 

@@ -103,7 +103,7 @@ def resolve(options: Options, family: Family, inputs: RecipeInputs) -> Recipe:
     Raises:
         SettingsError: a value is out of range, or two values contradict each other.
     """
-    options = _with_preset(options)
+    given, options = options, _with_preset(options)
     name = _method_name(options, inputs)
     # `check_recipe` refuses an unknown method and lists the known ones.
     method = METHODS.get(name, Method())
@@ -121,7 +121,14 @@ def resolve(options: Options, family: Family, inputs: RecipeInputs) -> Recipe:
         "objective": objective_of(options.values_of("objective")),
     }
     recipe = Recipe(**_with_defaults(fields, family, method, alone=inputs.embedding_spec is not None))
-    check_recipe(recipe)
+    try:
+        check_recipe(recipe)
+    except SettingsError as error:
+        # The user may have left it unset, as the cure says.
+        if not any(error.message.startswith(f"{input} is ") for _, input in options.keys() - given.keys()):
+            raise
+        cure = f"{error.cure} The preset {recipe.preset} has set it: choose another, or none."
+        raise SettingsError(error.message, cure, error.input) from error
     return recipe
 
 
