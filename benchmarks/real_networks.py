@@ -169,7 +169,7 @@ def adapt(module: torch.nn.Module, name: str, targets: str, rank: int, dtype: to
     Args:
         dtype: dtype of the network's inputs.
     """
-    from graft_pack.nodes.host.model.private_base import mark_plain
+    from graft_pack.nodes.host.model.placement import mark_plain
     from graft_pack.trainers.families import family_of
     from graft_pack.trainers.lowrank.layers import grouping
     from graft_pack.trainers.methods import METHODS

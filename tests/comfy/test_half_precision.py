@@ -34,10 +34,10 @@ def x_of(name):
 
 def of_host(patcher, name):
     """Return the x0 that the host computes at inference, by PyTorch's attention."""
-    from graft_pack.nodes.host.model import private_base
+    from graft_pack.nodes.host.model import placement
 
     options = patcher.model_options.setdefault("transformer_options", {})
-    options["optimized_attention_override"] = private_base.pytorch_attention
+    options["optimized_attention_override"] = placement.pytorch_attention
     return models.denoised(patcher, x_of(name), SIGMA, models.conditioning(name))
 
 

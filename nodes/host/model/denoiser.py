@@ -19,7 +19,7 @@ from ....trainers.memory.autograd import own_weights, private_tree
 from ....trainers.memory.offload import mark_offloaded, place
 from ....trainers.memory.transfer import upload
 from ....trainers.protocols import HOLE, MAX_SOURCES, SOURCE, Conditioning, Geometry, PictureRequest
-from . import compat, encoded_prompts, families, placement, private_base, sampling
+from . import compat, encoded_prompts, families, placement, sampling
 from .checks import check_trainable, warn_of_model
 from .fingerprint import patcher_digest, sampled_patcher_digest
 from .lora import classic, unread_keys
@@ -248,12 +248,12 @@ class ComfyDenoiser:
             tree = private_tree(base.diffusion_model)
             gguf.as_plain_layers(tree)
             quantized.as_linears(tree, base.diffusion_model)
-            private_base.mark_plain(tree)
+            placement.mark_plain(tree)
             if offloaded:
                 mark_offloaded(tree, self.device)
             self.use_tree(tree)
-            self._options = private_base.transformer_options(self._model)
-            is_patched = private_base.is_patched(self._model)
+            self._options = placement.transformer_options(self._model)
+            is_patched = placement.is_patched(self._model)
             self.adds_in_place = family_of(self.family).adds_in_place or is_patched
             self.position_options = () if is_patched else _POSITION_OPTIONS
             try:
@@ -276,7 +276,7 @@ class ComfyDenoiser:
         self.module = tree
         # List the layers once: searching the tree takes longer than checking their dtypes.
         self._casting = [layer for layer in tree.modules() if hasattr(layer, "comfy_cast_weights")]
-        self._base = private_base.over(self._model.model, tree, self.device)
+        self._base = placement.over(self._model.model, tree, self.device)
         self._sampler = sampling.PreviewSampler(self._model, self._base, self._text, self._vae)
 
     def preview(self, requests: Sequence[PictureRequest]) -> list[Image.Image | list[Image.Image]]:
