@@ -47,6 +47,9 @@ VIEWS = frozenset(
 # torch counts no flops of these operations in place.
 _OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}
 
+# Deferred tensors are computed below autograd, which otherwise replaces these operations by those that torch counts.
+_COMPOSED = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
+
 
 @dataclass
 class Work(TorchDispatchMode):
@@ -77,6 +80,9 @@ class Work(TorchDispatchMode):
             # The operations that compute it come first.
             return NotImplemented
         kwargs = kwargs or {}
+        if operation in _COMPOSED:
+            with self:
+                return operation.decompose(*args, **kwargs)
         result = operation(*args, **kwargs)
         name = operation._schema.name.split("::")[1]
         if name in VIEWS or name == "_local_scalar_dense":

@@ -1,7 +1,11 @@
 """Work of a LoRA's step on networks of their published size, over the bare network's: counted without weights."""
 
+from functools import partial
+
 import pytest
 import torch
+from graft_pack.trainers.lowrank.deferred import Deferred
+from torch.nn import functional
 
 from benchmarks import full_size
 
@@ -52,3 +56,13 @@ def test_a_step_at_full_size_is_within_its_bars(name, monkeypatch):
         most_launches, most_bytes = BARS[name, target]
         assert launches <= most_launches
         assert moved <= most_bytes
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(4)], ids=["matrix", "with a bias"])
+def test_a_deferred_product_counts_as_any_other(bias):
+    product = partial(functional.linear, torch.randn(2, 3, 5), torch.randn(4, 5), bias)
+    with full_size.Work() as plain:
+        product() * 2
+    with full_size.Work() as work:
+        Deferred(product, (2, 3, 4), torch.float32, torch.device("cpu")) * 2
+    assert (work.launches, work.bytes, work.flops) == (plain.launches, plain.bytes, plain.flops) != (0, 0, 0)

@@ -9,20 +9,16 @@ from torch.utils._pytree import tree_map
 
 
 class Deferred(torch.Tensor):
-    """A contiguous tensor without its numbers: each operation on it calls `compute`.
+    """A contiguous tensor without its numbers. Each operation on it calls `compute`, which returns the tensor.
 
     A dispatch mode sees the operations of `compute` if it returns NotImplemented for this class.
-
-    Args:
-        compute: returns the tensor, which has this shape, dtype and device.
     """
 
     @staticmethod
     def __new__(cls, compute: Callable[[], torch.Tensor], shape, dtype: torch.dtype, device: torch.device):
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
-
-    def __init__(self, compute: Callable[[], torch.Tensor], *described):
-        self._compute = compute
+        deferred = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        deferred._compute = compute
+        return deferred
 
     __torch_function__ = torch._C._disabled_torch_function_impl
 

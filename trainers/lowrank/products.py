@@ -65,7 +65,7 @@ class BlockProducts:
         _running.context = self._before
         self._last = self._last or self._number
 
-    def narrow(self, keeps: bool, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def narrow(self, keeps: bool, compute: Callable) -> torch.Tensor:
         """Return the A x of the next product."""
         self._number += 1
         if not keeps:
