@@ -128,6 +128,8 @@ def test_a_quantized_base_learns_what_the_whole_base_draws(
     comfy, server, tiny_base, base_dtype, trials, sampler_steps, capsys
 ):
     """The object appears on the quantized base, and by the file on the base as it is."""
+    if base_dtype != trials(NF4, base_dtype):
+        pytest.skip("it errs less than nf4; `make soak` trains both")
     import comfy.sd
     import comfy.utils
 
@@ -135,7 +137,7 @@ def test_a_quantized_base_learns_what_the_whole_base_draws(
 
     shutil.copytree(world.CONCEPT_FOLDER / "toy", server.path("input", "concept"), dirs_exist_ok=True)
     nodes = runs.option_nodes(server, GraftMemoryOptions={"base_dtype": base_dtype})
-    prompt = graphs.training("concept", STEPS, option_nodes=nodes, **WIDGETS)
+    prompt = graphs.training("concept", trials(200, STEPS), option_nodes=nodes, **WIDGETS)
     prompt["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix=base_dtype, format="kohya")
     tensors = comfy.utils.load_torch_file(server.run(prompt, timeout=900)["outputs"]["9"]["text"][0])
     count = trials(TOY_SAMPLES, 4 * TOY_SAMPLES)

@@ -13,7 +13,6 @@ from tests.toy import classifier, world
 SHAPE, COLOR = "heart", "purple"
 PICTURES = 16
 SAMPLES = 16
-STEPS = 50
 WIDGETS = {"vectors": 2, "learning_rate": 2e-2, "batch_size": 8, "seed": 0, "templates": "object"}
 WORD, START = "my-thing", "toy"
 
@@ -25,7 +24,7 @@ def backgrounds(count):
 
 
 @pytest.fixture(scope="module")
-def learnt(server):
+def learnt(server, trials):
     """Return the path of the embedding, trained on pictures with one caption that names nothing but the embedding."""
     from PIL import Image
 
@@ -37,7 +36,8 @@ def learnt(server):
         (folder / f"{number:02}.txt").write_text(f"a large {WORD}")
     prompt = graphs.training("word", 1)
     base = {"model": ["1", 0], "clip": ["1", 1], "vae": ["1", 2], "dataset": ["2", 0]}
-    prompt["3"] = graphs.node("GraftTrainEmbedding", **base, name=WORD, init_text=START, steps=STEPS, **WIDGETS)
+    word = {"name": WORD, "init_text": START, "steps": trials(30, 50)}
+    prompt["3"] = graphs.node("GraftTrainEmbedding", **base, **word, **WIDGETS)
     prompt["4"] = graphs.node("GraftSaveEmbedding", embedding=["3", 1], name="")
     return server.run(prompt, timeout=900)["outputs"]["4"]["text"][0]
 
@@ -59,7 +59,7 @@ def test_pictures_alone_bring_a_word_for_what_they_show(comfy, tiny_base, learnt
         verdicts = [classifier.classify(picture) for picture in pictures]
         shares[name] = sum((one.shape, one.color) == (SHAPE, COLOR) for one in verdicts) / SAMPLES
     with capsys.disabled():
-        print(f"\n{STEPS} steps on {PICTURES} pictures: {COLOR} {SHAPE} drawn for")
+        print(f"\ntrained on {PICTURES} pictures: {COLOR} {SHAPE} drawn for")
         for name, share in shares.items():
             print(f"  the {name:12} {share:4.0%}")
     assert shares["start word"] <= 0.20

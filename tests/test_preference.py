@@ -12,24 +12,30 @@ from tests.test_concept import old_accuracy, old_scenes
 from tests.toy import classifier, world
 
 PAIRS = 24
-WIDGETS = {"beta": 5000.0, "steps": 80, "learning_rate": 2e-4, "rank": 8, "batch_size": 4, "seed": 0}
+WIDGETS = {"beta": 5000.0, "learning_rate": 2e-4, "rank": 8, "batch_size": 4, "seed": 0}
 
 
 @pytest.fixture(scope="module")
-def trained(server):
+def steps(trials):
+    """Return the steps of the training; 60 prefer the shape as surely."""
+    return trials(60, 80)
+
+
+@pytest.fixture(scope="module")
+def trained(server, steps):
     """Return the path of the LoRA that the graph trained on the pairs."""
     pairs.write_pairs(server.path("input", "preferred"), PAIRS)
     graph = graphs.training("preferred", 1)
     graph["2"]["inputs"]["worse_folder"] = "worse"
     base = {name: graph["3"]["inputs"][name] for name in ("model", "clip", "vae", "dataset")}
-    graph["3"] = graphs.node("GraftTrainPreference", **base, **WIDGETS)
+    graph["3"] = graphs.node("GraftTrainPreference", **base, steps=steps, **WIDGETS)
     graph["9"] = graphs.node("GraftSaveAdapter", adapter=["3", 2], filename_prefix="taste", format="kohya")
     return server.run(graph, timeout=900)["outputs"]["9"]["text"][0]
 
 
 @pytest.mark.soak
 def test_the_preferred_shape_is_drawn_and_other_captions_stay(
-    comfy, tiny_base, trained, server, trials, sampler_steps, capsys
+    comfy, tiny_base, trained, server, steps, trials, sampler_steps, capsys
 ):
     import comfy.sd
     import comfy.utils
@@ -53,7 +59,7 @@ def test_the_preferred_shape_is_drawn_and_other_captions_stay(
     accuracies = [event["accuracy"] for event in events if event["event"] == "step"]
     late = sum(accuracies[-10:]) / 10
     with capsys.disabled():
-        print(f"\n{WIDGETS['steps']} steps on {PAIRS} pairs   before  after")
+        print(f"\n{steps} steps on {PAIRS} pairs   before  after")
         print(f"preferred shape            {shares['before'][0]:6.0%} {shares['after'][0]:6.0%}")
         print(f"other captions right       {shares['before'][1]:6.0%} {shares['after'][1]:6.0%}")
         print(f"implicit accuracy          {accuracies[0]:6.0%} {late:6.0%}")

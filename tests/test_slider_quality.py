@@ -22,8 +22,7 @@ ANCHORS = (
     ("cross", "black", "aqua"),
     ("diamond", "white", "brown"),
 )
-SAMPLES = 32
-STEPS, RATE = 120, 3e-3
+RATE = 3e-3
 OTHERS = "`make soak` trains all; tests/comfy/test_slider.py checks them without drawing"
 
 
@@ -41,8 +40,14 @@ def base(comfy, tiny_base):
     return host.load(tiny_base, comfy.path)
 
 
+@pytest.fixture(scope="module")
+def count(trials):
+    """Return the number of pictures that are drawn at each strength."""
+    return trials(16, 32)
+
+
 @pytest.fixture
-def train(base, tmp_path):
+def train(base, tmp_path, trials):
     """Return train(slider, dataset), which returns the adapter."""
     from graft_pack.trainers.engine.resolve import Options, RecipeInputs, resolve
     from graft_pack.trainers.engine.session import run_recipe
@@ -51,16 +56,16 @@ def train(base, tmp_path):
 
     folders = Folders(*(str(tmp_path / name) for name in ("runs", "cache", "loras", "embeddings")))
 
-    def train(slider, dataset, steps=STEPS):
-        inputs = RecipeInputs("LoRA", steps, RATE, 8, 1, 0, 64, "", slider=slider)
+    def train(slider, dataset):
+        inputs = RecipeInputs("LoRA", trials(60, 120), RATE, 8, 1, 0, 64, "", slider=slider)
         with torch.inference_mode(False):
             return run_recipe(resolve(Options(), family_of("SD1"), inputs), dataset, make_host(*base), folders).adapter
 
     return train
 
 
-def draw(base, adapter, strength, prompts, steps):
-    """Return SAMPLES pictures of the prompts with the slider at a strength."""
+def draw(base, adapter, strength, prompts, count, steps):
+    """Return so many pictures of the prompts with the slider at a strength."""
     from graft_pack.nodes.host.model.lora import apply_adapter
 
     from tests.toy import host
@@ -68,7 +73,7 @@ def draw(base, adapter, strength, prompts, steps):
     model, clip, vae = base
     if adapter is not None:
         model, clip = apply_adapter(model, clip, adapter, float(strength), float(strength))
-    return host.generate(model, clip, vae, (prompts * SAMPLES)[:SAMPLES], 5, steps)
+    return host.generate(model, clip, vae, (prompts * count)[:count], 5, steps)
 
 
 def object_color(picture):
@@ -78,9 +83,10 @@ def object_color(picture):
     return pixels[cover].mean(axis=0)
 
 
-def kept_share(base, adapter, strength, steps):
+def kept_share(base, adapter, strength, count, steps):
     """Return the share of the anchors' pictures that show their shape, color and background."""
-    verdicts = [classifier.classify(one) for one in draw(base, adapter, strength, list(ANCHOR_CAPTIONS), steps)]
+    pictures = draw(base, adapter, strength, list(ANCHOR_CAPTIONS), count, steps)
+    verdicts = [classifier.classify(picture) for picture in pictures]
     rows = [(one.shape, one.color, one.background) == ANCHORS[place % 4] for place, one in enumerate(verdicts)]
     return sum(rows) / len(rows)
 
@@ -94,7 +100,7 @@ def report(capsys, title, shares, kept):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("kind", ["prompts", "pairs"])
-def test_a_color_slider_moves_red_to_blue(base, train, trials, sampler_steps, capsys, kind):
+def test_a_color_slider_moves_red_to_blue(base, train, trials, count, sampler_steps, capsys, kind):
     if kind != trials("prompts", kind):
         pytest.skip(OTHERS)
     from graft_pack.nodes.host.actions.slider import from_pairs, from_prompts
@@ -114,12 +120,12 @@ def test_a_color_slider_moves_red_to_blue(base, train, trials, sampler_steps, ca
         rows = zip(*(side.examples for side in sides), strict=True)
         pairs = replace(sides[0], examples=tuple(replace(one, control=other) for one, other in rows))
         adapter, bar = train(*from_pairs(pairs, "", "", "", anchors, 1.0)), 0.8
-    drawn = {strength: draw(base, adapter, strength, prompts, sampler_steps) for strength in STRENGTHS}
+    drawn = {strength: draw(base, adapter, strength, prompts, count, sampler_steps) for strength in STRENGTHS}
     names = {strength: [classifier.classify(one).color for one in pictures] for strength, pictures in drawn.items()}
-    shares = {-1: names[-1].count("blue") / SAMPLES, 1: names[1].count("red") / SAMPLES}
-    kept = {strength: kept_share(base, adapter, strength, sampler_steps) for strength in (-1, 1)}
+    shares = {-1: names[-1].count("blue") / count, 1: names[1].count("red") / count}
+    kept = {strength: kept_share(base, adapter, strength, count, sampler_steps) for strength in (-1, 1)}
     report(capsys, f"color from {kind}", shares, kept)
-    assert np.array_equal(drawn[0], draw(base, None, 0, prompts, sampler_steps))
+    assert np.array_equal(drawn[0], draw(base, None, 0, prompts, count, sampler_steps))
     redness = [np.mean([np.dot(object_color(one), (1, 0, -1)) for one in drawn[strength]]) for strength in STRENGTHS]
     assert redness == sorted(redness)
     assert min(shares.values()) >= bar
@@ -127,7 +133,7 @@ def test_a_color_slider_moves_red_to_blue(base, train, trials, sampler_steps, ca
 
 
 @pytest.mark.soak
-def test_a_background_slider_moves_white_to_black(base, train, trials, sampler_steps, capsys):
+def test_a_background_slider_moves_white_to_black(base, train, trials, count, sampler_steps, capsys):
     if trials(True, False):
         pytest.skip(OTHERS)
     from graft_pack.nodes.host.actions.slider import from_prompts
@@ -135,10 +141,10 @@ def test_a_background_slider_moves_white_to_black(base, train, trials, sampler_s
     prompts = [caption("red", shape) for shape in SHAPES]
     texts = ("\n".join(caption("red", shape, color) for shape in SHAPES) for color in ("gray", "white", "black"))
     adapter = train(*from_prompts(*texts, "\n".join(caption("green", shape, "pink") for shape in SHAPES), 1.0))
-    drawn = {strength: draw(base, adapter, strength, prompts, sampler_steps) for strength in STRENGTHS}
+    drawn = {strength: draw(base, adapter, strength, prompts, count, sampler_steps) for strength in STRENGTHS}
     verdicts = {strength: [classifier.classify(one) for one in pictures] for strength, pictures in drawn.items()}
     shares = {
-        strength: sum(one.background == name for one in verdicts[strength]) / SAMPLES
+        strength: sum(one.background == name for one in verdicts[strength]) / count
         for strength, name in ((-1, "black"), (1, "white"))
     }
     with capsys.disabled():
