@@ -264,9 +264,9 @@ class _Wide(torch.autograd.Function):
             copied += grad.numel() + weight.numel()
         x_grad, is_whole = None, False
         if ctx.narrow.needs_input_grad[1] and pairs:
-            # One product with all W and A moves fewer bytes than one with each if x is wide beside the copies that it
-            # needs. GPUs compute it slowly if the rank is no multiple of 8.
-            is_whole = copied < len(pairs) * x.numel() and len(middle) % 8 == 0 and not is_on_cpu(x)
+            # One product with all W and A moves fewer bytes than one with each if the copies that it needs are small
+            # beside x. GPUs compute it slowly if the rank is no multiple of 8.
+            is_whole = 2 * copied < len(pairs) * x.numel() and len(middle) % 8 == 0 and not is_on_cpu(x)
             if is_whole:
                 grads, weights = zip(*pairs, strict=True)
                 pairs = [(torch.cat([*grads, middle_grad.t()], 1), torch.cat([*weights, down]))]

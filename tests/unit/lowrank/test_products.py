@@ -50,7 +50,7 @@ def test_gradients_of_linear_layers_are_those_of_finite_differences(count, needs
 def test_gradients_by_one_product_for_all_weights_are_those_of_finite_differences(count, monkeypatch):
     monkeypatch.setattr(products, "is_on_cpu", lambda tensor: False)
     layers = [frozen(nn.Linear, 24, 2 + number) for number in range(count)]
-    x, down, ups = random(8, 24), random(8 * count, 24), [random(2 + number, 8) for number in range(count)]
+    x, down, ups = random(12, 24), random(8 * count, 24), [random(2 + number, 8) for number in range(count)]
 
     def call(x, down, *ups):
         return torch.cat(products.linear(x, down, ups, [0.5] * count, [layer._parameters for layer in layers]), -1)
