@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..errors import in_one_line, is_out_of_memory
+from ..lowrank.deferred import Deferred
 from .autograd import OutOfPlace, blocks_of, out_of_place_suspended
 
 if TYPE_CHECKING:
@@ -84,6 +85,9 @@ class CompiledForward:
         return self.compiled.call(self._block, self._shapes, args, kwargs, self.forward)
 
     def _without_position(self, value: Any) -> Any:
+        if isinstance(value, Deferred):
+            # torch does not compile for such tensors. An operation on one gives an ordinary tensor.
+            return value.view_as(value)
         if type(value) is not dict:
             return value
         return {name: entry for name, entry in value.items() if name not in self._position_options}

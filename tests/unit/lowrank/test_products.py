@@ -4,6 +4,7 @@ import pytest
 import torch
 from graft_pack.trainers.lowrank import products
 from graft_pack.trainers.lowrank.layers import LowRankLayer, StepWeights, cast_by_block, grouping, low_rank_layers
+from graft_pack.trainers.memory import compilation
 from graft_pack.trainers.memory.checkpointing import checkpoint_blocks
 from torch import nn
 from torch.nn import functional
@@ -363,6 +364,21 @@ def test_a_checkpointed_blocks_last_output_is_computed_where_a_gradient_needs_it
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
     last = block.inner.out.low_rank.base.weight
     assert len([weight for weight in calls if weight is last]) == 1 + 2 * needs
+
+
+def test_a_compiled_block_may_read_the_last_output_of_a_checkpointed_one(monkeypatch):
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    block, x = Block(rank=1), random(3, 6)
+    inner = nn.Sequential(frozen(nn.Linear, 6, 6), nn.GELU(), frozen(nn.Linear, 6, 6))
+    block.forward = lambda x: inner(block.out(x))
+    low_rank = block.out.low_rank
+    weights = [x, low_rank.down.weight, low_rank.up.weight]
+    expected = torch.autograd.grad(block(x).square().sum(), weights)
+    inner.forward = compilation.CompiledForward(inner, compilation._CompiledClass("Inner"), ())
+    checkpoint_blocks([block])
+    found = torch.autograd.grad(block(x).square().sum(), weights)
+    assert not inner.forward.compiled.has_failed
+    assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("writes", [False, True])
