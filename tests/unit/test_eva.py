@@ -8,7 +8,7 @@ from graft_pack.trainers.methods.eva import start_at_inputs
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from tests.support.diffusers_host import make_dataset, run_session, same_state, same_tensors, state_of
+from tests.support.diffusers_host import make_dataset, make_host, run_session, same_state, same_tensors, state_of
 
 EVA = {"rank": 4, "steps": 3, "batch_size": 2, "save_every": 1, "adapter_args": (("eva", True),)}
 
@@ -110,3 +110,19 @@ def test_captions_may_vary(tmp_path, fields, shuffles):
         for example in dataset.examples
     ]
     assert run_session(tmp_path, dataset=replace(dataset, examples=tuple(rows)), **fields).step == fields["steps"]
+
+
+def test_it_makes_room_where_memory_runs_out(tmp_path, monkeypatch):
+    host, room = make_host(), []
+    predict = host.denoiser.predict
+
+    def short_of_memory(*args):
+        if not room:
+            raise torch.OutOfMemoryError("out of memory")
+        return predict(*args)
+
+    monkeypatch.setattr(host.denoiser, "predict", short_of_memory)
+    monkeypatch.setattr(host.denoiser, "make_room", lambda weights=False: room.append(weights))
+    found = run_session(tmp_path / "short", host=host, **EVA)
+    assert room == [False]
+    assert same_tensors(found.adapter, run_session(tmp_path / "plenty", **EVA).adapter)

@@ -88,7 +88,14 @@ def start_at_inputs(plan: Plan, host: Host) -> None:
     items = plan.train[:: max(1, len(plan.train) // _SHOWN)][:_SHOWN]
     recipe = replace(plan.recipe, micro_batch=1)
     measure = sample_losses(plan)
-    count, total = eva.start_at_inputs(trees_of(plan, host), lambda: fixed_losses(items, recipe, host, measure))
+    for can_repeat in (not host.group.lockstep, False):
+        try:
+            count, total = eva.start_at_inputs(trees_of(plan, host), lambda: fixed_losses(items, recipe, host, measure))
+            break
+        except Exception as error:
+            if not (can_repeat and is_out_of_memory(error)):
+                raise
+        host.denoiser.make_room()
     log.info("Graft: EVA started %d of %d layers at the main directions of their inputs.", count, total)
 
 
