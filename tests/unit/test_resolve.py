@@ -292,6 +292,8 @@ def test_defaults_depend_on_the_optimizer(optimizer, learning_rate, weight_decay
         ("AdamWScheduleFree", "schedule", "cosine"),
         ("AdamWScheduleFree", "ema_decay", 0.9),
         ("AdamWScheduleFree", "beta1", 0.0),
+        ("SGDScheduleFree", "beta2", 0.9),
+        ("ProdigyPlusScheduleFree", "schedule", "cosine"),
         ("Adafactor", "beta2", 0.9),
         ("SGD", "beta1", 0.9),
         ("AdamW", "optimizer_args", "momentum=0.9"),

@@ -11,6 +11,8 @@ from .optimizer import Optimizer, needs
 if TYPE_CHECKING:
     import torch
 
+    from ..recipe.recipe import Recipe
+
 
 class LibraryOptimizer(Optimizer):
     """An optimizer that is used as its library documents it.
@@ -55,13 +57,19 @@ class LibraryOptimizer(Optimizer):
         return self.build(groups, recipe, **betas)
 
     def check(self, recipe):
-        for name in ("beta1", "beta2"):
-            if not self._betas and getattr(recipe, name):
-                raise SettingsError(
-                    f"{name} is set, but {recipe.optimizer} has none.",
-                    f"In Graft Optimizer Options leave {name} unset; optimizer_args takes the optimizer's own names.",
-                    name,
-                )
+        if not self._betas:
+            refuse(recipe, "beta1", "beta2")
+
+
+def refuse(recipe: Recipe, *names: str) -> None:
+    """Raise SettingsError if one of these betas is set."""
+    for name in names:
+        if getattr(recipe, name):
+            raise SettingsError(
+                f"{name} is set, but {recipe.optimizer} has none.",
+                f"In Graft Optimizer Options leave {name} unset; optimizer_args takes the optimizer's own names.",
+                name,
+            )
 
 
 class ByName(LibraryOptimizer):

@@ -1,7 +1,7 @@
 """The optimizers: one small class for each, and their registry. Their libraries are imported on demand."""
 
 from ..errors import SettingsError
-from .libraries import PACKAGE, ByName, LibraryOptimizer, of_pytorch_optimizer
+from .libraries import PACKAGE, ByName, LibraryOptimizer, of_pytorch_optimizer, refuse
 from .optimizer import Optimizer, ScheduleFreeAverage, needs
 
 
@@ -260,6 +260,10 @@ class SGDScheduleFree(AdamWScheduleFree):
     def build(self, groups, recipe, betas, **values):
         return super().build(groups, recipe, momentum=betas[0], **values)
 
+    def check(self, recipe):
+        super().check(recipe)
+        refuse(recipe, "beta2")
+
 
 class ProdigyPlusScheduleFree(FindsRate, AdamWScheduleFree):
     """Prodigy with a schedule-free average and a factored second moment, from prodigy-plus-schedule-free."""
@@ -274,13 +278,11 @@ class ProdigyPlusScheduleFree(FindsRate, AdamWScheduleFree):
 
     def check(self, recipe):
         super().check(recipe)
-        AdamWScheduleFree.check(self, recipe)
-        if dict(recipe.optimizer_args).get("fused_back_pass"):
-            raise SettingsError(
-                "optimizer_args has fused_back_pass, with which the optimizer's own step updates nothing.",
-                "Remove it.",
-                "optimizer_args",
-            )
+        arguments = self.arguments(recipe)
+        if arguments.get("use_schedulefree", True):
+            AdamWScheduleFree.check(self, recipe)
+        if arguments.get("fused_back_pass"):
+            raise SettingsError("fused_back_pass updates no weight in Graft.", "Remove it.", "optimizer_args")
 
 
 OPTIMIZERS: dict[str, Optimizer] = {
