@@ -1,7 +1,4 @@
-"""EVA: A starts at the main directions of its layer's inputs on the dataset (Paischer et al. 2024), by peft's PCA.
-
-All ranks stay as they are; that is the paper's rho = 1.
-"""
+"""EVA: A starts at the main directions of its layer's inputs (Paischer et al. 2024, with rho = 1), by peft's PCA."""
 
 from __future__ import annotations
 

@@ -94,8 +94,7 @@ def mixed(error: torch.Tensor, l1_fraction: float) -> torch.Tensor:
 def multi_scale(error: torch.Tensor) -> torch.Tensor:
     """Return e^2 plus f times the square of e's mean over f x f positions, for f = 2, 4, ... (Hoogeboom et al. 2023).
 
-    These means are the low band of Haar's wavelet, down to 32 positions on the shorter side. The paper's 1/s for a
-    scale of s positions is 1 here for the finest one.
+    The means are the low band of Haar's wavelet, down to 32 positions on the shorter side. The finest scale counts 1.
 
     Args:
         error: [B, C, ..., height, width].
