@@ -759,6 +759,7 @@ def captions(rng, defaults, trained):
         "latin-1": ("sound.txt", b"gr\xfcn", "not UTF-8"),
         "UTF-16 cut": ("sound.txt", b"\xff\xfea", "not UTF-8"),
         "binary": ("sound.txt", bytes(range(256)), "not UTF-8"),
+        "NUL": ("sound.txt", b"a\0b", "contains NUL"),
         "nested JSON": ("sound.json", b"[" * 100_000, "not JSON"),
         "JSON with half a character": ("sound.json", b'{"caption": "\\ud800"}', "half of a character"),
         "endless caption": ("sound.txt", b"word " * 100_000, "499999 characters"),
@@ -798,7 +799,6 @@ def captions(rng, defaults, trained):
         yield _looked_at(folder, says, _one_beside(folder, name, data), kind="caption")
     for what, text in {
         "HTML": HTML,
-        "NUL": "a\0b",
         "escape": "\x1b[31mred",
         "right to left": "\u202eabc\u202c",
         "emoji": "\U0001f431" * 20,
