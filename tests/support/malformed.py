@@ -92,10 +92,10 @@ def graph_of(defaults, kind, **values):
     inputs = dict(defaults[kind].widgets)
     inputs |= {name: links[socket] for name, socket in defaults[kind].sockets.items() if socket in links}
     prompt["5"] = graphs.node(kind, **{**inputs, **values})
-    if kind.endswith("Options"):
+    outputs = defaults[kind].outputs
+    if outputs[:1] == ["GRAFT_OPTIONS"]:
         prompt["3"]["inputs"]["options"] = ["5", 0]
         return _needed(prompt, "3")
-    outputs = defaults[kind].outputs
     if defaults[kind].is_output:
         return _needed(prompt, "5")
     place = {"GRAFT_DATASET": ("GraftInspectDataset", "dataset"), "LORA_MODEL": ("GraftInspectAdapter", "adapter")}
@@ -972,16 +972,19 @@ def _resuming(what, spoil, trained, says, files, taken=True):
     return Trial("state", what, act, says, taken)
 
 
+OURS = {"format": "graft cache 1"}
+
+
 def _caches(trained):
     """Write malformed entries into the caches of the whole server."""
     foreign = safetensors({"k/mean": np.ones(4)}, {"format": "graft cache 99", "sums": "{}"})
     for what, (data, logged) in {
         "another format": (foreign, "ignored the cache shard .*: its format is 'graft cache 99'"),
-        "no sums": (safetensors({"k/mean": np.ones(4)}, {"format": "graft cache 1"}), "is damaged"),
-        "sums nested": (safetensors({"k/mean": np.ones(4)}, {"sums": "[" * 100_000}), "is damaged"),
-        "sums of texts": (safetensors({"k/mean": np.ones(4)}, {"sums": '{"k/mean": "x"}'}), "is damaged"),
-        "sums endless": (safetensors({"k/mean": np.ones(4)}, {"sums": '{"k/mean": 1e999}'}), "is damaged"),
-        "sums of nothing": (safetensors({"k/mean": np.ones(4)}, {"sums": '{"other": 1}'}), "is damaged"),
+        "no sums": (safetensors({"k/mean": np.ones(4)}, OURS), "is damaged"),
+        "sums nested": (safetensors({"k/mean": np.ones(4)}, OURS | {"sums": "[" * 100_000}), "is damaged"),
+        "sums of texts": (safetensors({"k/mean": np.ones(4)}, OURS | {"sums": '{"k/mean": "x"}'}), "is damaged"),
+        "sums endless": (safetensors({"k/mean": np.ones(4)}, OURS | {"sums": '{"k/mean": 1e999}'}), "is damaged"),
+        "sums of nothing": (safetensors({"k/mean": np.ones(4)}, OURS | {"sums": '{"other": 1}'}), "is damaged"),
         "no shard": (b"<html>", "is damaged"),
     }.items():
 
