@@ -194,7 +194,7 @@ def draw_sheet(headings, rows, side=96, left=118, head=40, gap=6):
 def save(sheet, path):
     """Save a small file."""
     sheet.thumbnail((400, 10_000))
-    sheet.save(path, quality=28, speed=0)
+    sheet.save(path, quality=26, speed=0)
     print(path, path.stat().st_size)
 
 
