@@ -88,10 +88,10 @@ def add_prior_target(dataset: Dataset, class_prompt: str, weight: float, kind: s
     """
     if weight == 0.0:
         return dataset
-    first, *others = (
-        [" ".join(part.split()) for part in class_prompt.split("|")] if kind == SEVERAL else (class_prompt,)
-    )
-    prompt = first if kind == SEVERAL else checked_prompt(class_prompt, "class_prompt")
+    if kind == SEVERAL:
+        prompt, *others = (" ".join(part.split()) for part in class_prompt.split("|"))
+    else:
+        prompt, others = checked_prompt(class_prompt, "class_prompt"), []
     target = PriorTarget(prompt, weight, tuple(others), dataset.trigger if kind == BY_CAPTION else "")
     if kind == BY_CAPTION:
         _refuse_without(dataset)
