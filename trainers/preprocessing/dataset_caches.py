@@ -213,7 +213,7 @@ class CacheFiller:
         for (cropped, crop), visits in zip(crops, self._visits(crops), strict=True):
             anchor = cropped.example.anchor
             for text in self._captions_of(cropped, crop, visits, picture_count):
-                for prompt in (text, *(class_prompts(anchor, text) if anchor is not None else ())):
+                for prompt in (text, *(class_prompts(anchor, text) if anchor and anchor.replaced else ())):
                     yield prompt, cropped, crop
                     if cropped.example.handling.flip:
                         yield prompt, cropped, crop.mirrored()
