@@ -116,12 +116,19 @@ def make_server(tiny_base, tmp_path):
 
 
 @pytest.fixture(scope="session")
-def chromium(tmp_path_factory):
+def shared_chromium(tmp_path_factory):
     """Start the one Chromium that all browser tests share."""
     from tests.support.browser import Browser
 
     with Browser(tmp_path_factory.mktemp("chromium")) as browser:
         yield browser
+
+
+@pytest.fixture(scope="module")
+def chromium(shared_chromium):
+    """Return the shared Chromium. It leaves its page after the file: the frontend draws without end."""
+    yield shared_chromium
+    shared_chromium.leave()
 
 
 @pytest.fixture

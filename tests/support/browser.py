@@ -149,6 +149,10 @@ class Browser:
         page.open(timeout)
         return page
 
+    def leave(self):
+        """Leave the page."""
+        self.driver.get("about:blank")
+
     def close(self):
         self.driver.quit()
 

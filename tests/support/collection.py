@@ -63,8 +63,12 @@ class Collection:
 
 
 def is_soak_only(item):
-    """Report whether a test runs in `make soak` alone."""
-    return any(mark.kwargs.get("only") for mark in item.iter_markers("soak"))
+    """Report whether a test runs in `make soak` alone, or does with its parameters."""
+    marks = [mark.kwargs for mark in item.iter_markers("soak")]
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    return any(
+        mark.get("only") or ("only_for" in mark and mark["only_for"].items() <= params.items()) for mark in marks
+    )
 
 
 def is_quick(item):

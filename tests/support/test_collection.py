@@ -30,3 +30,10 @@ def test_each_value_is_combined_with_the_first_ones():
 def test_other_combinations_run_in_soak_alone(letter, number, request):
     assert is_soak_only(request.node) == (letter == "b" and number > 1)
     assert request.config.getoption("--soak") or not is_soak_only(request.node)
+
+
+@pytest.mark.soak(only_for={"letter": "b"})
+@pytest.mark.parametrize("letter", "ab")
+def test_a_test_may_run_in_soak_alone_for_one_value(letter, request):
+    assert is_soak_only(request.node) == (letter == "b")
+    assert request.config.getoption("--soak") or letter == "a"

@@ -20,6 +20,8 @@ from tests.support.server import PromptInterrupted
 pytestmark = [pytest.mark.browser, pytest.mark.server]
 
 PAGE = ROOT / "docs" / "runs.md"
+# For tests of what the server does, which take long: `make soak` runs them in both renderers.
+IN_NEW_RENDERER = pytest.mark.soak(only_for={"new_renderer": False})
 LONG = 3000
 SHORT = 6
 
@@ -109,12 +111,19 @@ def check_looks(page, panel, new_renderer, folder):
 
 
 @pytest.fixture(scope="module")
-def other_browser(tmp_path_factory):
+def other_chromium(tmp_path_factory):
     """Start a second Chromium with its own profile."""
     with Browser(tmp_path_factory.mktemp("other")) as browser:
         yield browser
 
 
+@pytest.fixture
+def other_browser(other_chromium):
+    yield other_chromium
+    other_chromium.leave()
+
+
+@IN_NEW_RENDERER
 def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, server, new_renderer, other_browser):
     opened(LONG, every=LONG, save_every=LONG)
     prompt = page.queue()
@@ -149,6 +158,7 @@ def test_a_reload_finds_the_run_and_another_browser_stops_it(opened, page, serve
     assert panel.buttons() == ["Resume"]
 
 
+@IN_NEW_RENDERER
 def test_save_pause_and_resume_by_the_buttons(opened, page, server):
     panel = opened(LONG)
     first = page.queue()
@@ -185,6 +195,7 @@ def queue_picture(server, seed):
     return server.queue(graph)
 
 
+@IN_NEW_RENDERER
 def test_it_gives_way_and_says_why_it_waits(opened, page, server, least, other_browser, new_renderer):
     # Without sample pictures on the way: the panel says so while it draws them.
     panel = opened(LONG, every=LONG)
@@ -252,6 +263,7 @@ def test_it_gives_way_and_says_why_it_waits(opened, page, server, least, other_b
     assert other.read_errors() == []
 
 
+@IN_NEW_RENDERER
 def test_hours_hold_a_training_in_both_browsers(opened, page, server, other_browser, new_renderer):
     panel = opened(LONG, every=LONG)
     prompt = page.queue()
@@ -312,6 +324,7 @@ def marks_of(page):
         return [curve.best, curve.end, step];""")
 
 
+@IN_NEW_RENDERER
 def test_the_chart_marks_the_best_save_and_the_early_end(opened, page, server):
     checks = {"validation_fraction": 0.2, "validate_every": 2, "keep_best": "on", "patience": 2}
     panel = opened(LONG, every=LONG, stop_when="validation stops falling", **checks)
