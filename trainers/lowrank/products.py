@@ -1,20 +1,20 @@
 """Products of a frozen layer and its low-rank adapter, y = W x + b + s B A x, with their gradients (Hu et al. 2021).
 
-Each product is two autograd functions. The narrow one computes A x and saves all that the backward needs; the wide one
-adds B (A x) to the frozen layer's output in place. Checkpointing recomputes a block up to the last saved tensor. So a
-block that ends with an adapted layer is recomputed without that layer's frozen product.
+In a checkpointed block, each product is two autograd functions. The narrow one computes A x and saves all that the
+backward needs; the wide one adds B (A x) to the frozen layer's output in place. Checkpointing recomputes a block up to
+the last saved tensor. So a block that ends with an adapted layer is recomputed without that layer's frozen product.
+Elsewhere a linear product is one function: the host's part of a step is then shorter.
 """
 
 from __future__ import annotations
 
-import threading
-from functools import cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional
 
-from .deferred import Deferred
+from .deferred import block_in_progress
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 # A checkpointed block keeps A x if x is at least so many times larger; the rank does not bound its memory otherwise.
 _LEAST_RATIO = 8
-# It keeps an output if the frozen weight is at least so many times larger, as that of a modulation is.
-_LEAST_WEIGHT_RATIO = 64
 
 
 class Geometry(NamedTuple):
@@ -39,64 +37,6 @@ class Geometry(NamedTuple):
     def is_pointwise(self) -> bool:
         """Report whether a 1x1 kernel computes each position of the output from the same position of the input."""
         return self.stride == (1, 1) and self.padding == (0, 0)
-
-
-class BlockProducts:
-    """Context of each run of one call of a checkpointed block. It saves work in the runs after the first.
-
-    They read the first run's A x if the rank is far below the layer's width: A x is then small, and computing it reads
-    all of x. They read the first run's outputs of few rows: computing them reads the whole weight. They compute the
-    last product's output only if an operation reads it. Where only a frozen gate follows, no gradient needs it.
-    """
-
-    def __init__(self):
-        # A x, and outputs with their versions, by the number of the product.
-        self._narrow: dict[int, torch.Tensor] = {}
-        self._wide: dict[int, list[tuple[torch.Tensor, int]]] = {}
-        self._number = 0
-        # Number of the last product, once the first run has ended.
-        self._last: int | None = None
-
-    def __enter__(self) -> None:
-        self._before, _running.context = _running.context, self
-        self._number = 0
-
-    def __exit__(self, *error) -> None:
-        _running.context = self._before
-        self._last = self._last or self._number
-
-    def narrow(self, keeps: bool, compute: Callable) -> torch.Tensor:
-        """Return the A x of the next product."""
-        self._number += 1
-        if not keeps:
-            return compute()
-        if self._number not in self._narrow:
-            self._narrow[self._number] = compute()
-        # Autograd sets the graph on the tensor object that a function returns.
-        return self._narrow[self._number].detach()
-
-    def wide(self, x: torch.Tensor, ups: Sequence[torch.Tensor], compute: Callable) -> list[torch.Tensor]:
-        """Return the outputs of that product, one for each B."""
-        kept = self._wide.get(self._number)
-        # The network may have written into them.
-        if kept is not None and all(output._version == version for output, version in kept):
-            return [output.detach() for output, _ in kept]
-        if self._number == self._last and len(ups) == 1:
-            compute = cache(compute)
-            return [Deferred(lambda: compute()[0], (*x.shape[:-1], len(ups[0])), x.dtype, x.device)]
-        outputs = compute()
-        if x.numel() * _LEAST_WEIGHT_RATIO <= x.shape[-1] ** 2:
-            self._wide[self._number] = [(output.detach(), output._version) for output in outputs]
-        return outputs
-
-
-class _Running(threading.local):
-    """The context that a thread computes in. Autograd may run a recomputation in its own thread."""
-
-    context: BlockProducts | None = None
-
-
-_running = _Running()
 
 
 def linear(
@@ -123,6 +63,8 @@ def linear(
     biases = [layer["bias"] for layer in layers]
     if not _is_recorded(x, down, *ups):
         return _wide(x, _narrow(x, down), ups, scales, weights, biases)
+    if block_in_progress() is None:
+        return list(_Product.apply((scales, weights, biases), x, down, *ups))
     contexts: list = []
     middle = _Narrow.apply(contexts, x, down, *ups, *weights)
     # In a tuple, autograd sees neither x nor the frozen weights: their gradients are the narrow function's.
@@ -166,7 +108,7 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
 
 def _once(compute: Callable[..., torch.Tensor], x: torch.Tensor, down: torch.Tensor, *args) -> torch.Tensor:
     """Return A x, computed once if the block is checkpointed and A x is small beside x."""
-    block = _running.context
+    block = block_in_progress()
     if block is None or torch.compiler.is_compiling():
         return compute(x, down, *args)
     rank, width = down.shape[:2]
@@ -187,6 +129,11 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _by_layer(middle: torch.Tensor, ups: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Return each layer's part of A x or of its gradient."""
+    return [middle] if len(ups) == 1 else middle.split_with_sizes([up.shape[1] for up in ups])
+
+
 def _narrow(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
     """Return A x, [r, rows]."""
     return down.mm(_rows(x).t())
@@ -195,8 +142,8 @@ def _narrow(x: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 def _wide(x, middle, ups, scales, weights, biases) -> list[torch.Tensor]:
     """Return W x + b + s B (A x) of each layer."""
     outputs = []
-    parts = middle.split_with_sizes([up.shape[1] for up in ups])
-    for part, up, scale, weight, bias in zip(parts, ups, scales, weights, biases, strict=True):
+    rows = zip(_by_layer(middle, ups), ups, scales, weights, biases, strict=True)
+    for part, up, scale, weight, bias in rows:
         # The input's own shape gives the bits that the frozen layer alone would give.
         output = functional.linear(x, weight, bias)
         output = output if output.is_contiguous() else output.contiguous()
@@ -219,12 +166,9 @@ class _Narrow(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, middle_grad):
-        (x, down), x_grad, is_whole = ctx.left
+        grads = _narrow_grads(ctx.left, middle_grad, ctx.needs_input_grad[2])
         ctx.left = None
-        down_grad = middle_grad.mm(_rows(x)) if ctx.needs_input_grad[2] else None
-        if x_grad is not None and not is_whole:
-            _rows(x_grad).addmm_(middle_grad.t(), down)
-        return None, x_grad, down_grad, *[None] * ctx.count
+        return None, *grads, *[None] * ctx.count
 
 
 class _Wide(torch.autograd.Function):
@@ -234,48 +178,78 @@ class _Wide(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         x, scales, weights, biases = frozen
         compute = partial(_wide, x, middle, ups, scales, weights, biases)
-        block = _running.context
+        block = block_in_progress()
         if block is None or torch.compiler.is_compiling():
             return tuple(compute())
         return tuple(block.wide(x, ups, compute))
 
     @staticmethod
     def backward(ctx, *grads):
-        _refuse_second_derivative()
-        count = len(grads)
         # Unpack once: under checkpointing, this recomputes the block.
-        x, down, middle, *frozen = ctx.narrow.saved_tensors
-        ups, weights = frozen[:count], frozen[count:]
-        ranks = [up.shape[1] for up in ups]
-        middle_grad = torch.empty_like(middle)
-        up_grads: list[torch.Tensor | None] = []
-        pairs, copied = [], 0
-        parts, part_grads = middle.split_with_sizes(ranks), middle_grad.split_with_sizes(ranks)
-        rows = zip(parts, part_grads, ups, ctx.scales, weights, grads, strict=True)
-        for number, (part, part_grad, up, scale, weight, grad) in enumerate(rows):
-            if grad is None:
-                part_grad.zero_()
-                up_grads.append(None)
-                continue
-            grad = _rows(grad)
-            torch.addmm(part_grad, turned(up), grad.t(), beta=0, alpha=scale, out=part_grad)
-            up_grads.append(_up_grad(part, grad, scale) if ctx.needs_input_grad[3 + number] else None)
-            pairs.append((grad, weight))
-            copied += grad.numel() + weight.numel()
-        x_grad, is_whole = None, False
-        if ctx.narrow.needs_input_grad[1] and pairs:
-            # One product with all W and A moves fewer bytes than one with each if the copies that it needs are small
-            # beside x. GPUs compute it slowly if the rank is no multiple of 8.
-            is_whole = 2 * copied < len(pairs) * x.numel() and len(middle) % 8 == 0 and not is_on_cpu(x)
-            if is_whole:
-                grads, weights = zip(*pairs, strict=True)
-                pairs = [(torch.cat([*grads, middle_grad.t()], 1), torch.cat([*weights, down]))]
-            x_grad = pairs[0][0].mm(pairs[0][1])
-            for grad, weight in pairs[1:]:
-                x_grad.addmm_(grad, weight)
-            x_grad = x_grad.view(x.shape)
-        ctx.narrow.left = (x, down), x_grad, is_whole
+        saved = ctx.narrow.saved_tensors
+        middle_grad, up_grads, ctx.narrow.left = _wide_grads(
+            saved, ctx.scales, grads, ctx.needs_input_grad[3:], ctx.narrow.needs_input_grad[1]
+        )
         return None, None, middle_grad, *up_grads
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, frozen, x, down, *ups):
+        ctx.scales, weights, _ = frozen
+        middle = _narrow(x, down)
+        ctx.save_for_backward(x, down, middle, *ups, *weights)
+        ctx.set_materialize_grads(False)
+        return tuple(_wide(x, middle, ups, *frozen))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        needs = ctx.needs_input_grad
+        middle_grad, up_grads, left = _wide_grads(ctx.saved_tensors, ctx.scales, grads, needs[3:], needs[1])
+        return None, *_narrow_grads(left, middle_grad, needs[2]), *up_grads
+
+
+def _narrow_grads(left, middle_grad: torch.Tensor, needs_down: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of x and A. `left` is what `_wide_grads` returns last."""
+    (x, down), x_grad, is_whole = left
+    if x_grad is not None and not is_whole:
+        _rows(x_grad).addmm_(middle_grad.t(), down)
+    return x_grad, middle_grad.mm(_rows(x)) if needs_down else None
+
+
+def _wide_grads(saved, scales, grads, needs_ups: tuple[bool, ...], needs_x: bool) -> tuple:
+    """Return the gradients of A x and of each B; and ((x, A), gradient of x, whether it has A's part already)."""
+    _refuse_second_derivative()
+    count = len(grads)
+    x, down, middle, *frozen = saved
+    ups, weights = frozen[:count], frozen[count:]
+    middle_grad = torch.empty_like(middle)
+    up_grads: list[torch.Tensor | None] = []
+    pairs, copied = [], 0
+    rows = zip(_by_layer(middle, ups), _by_layer(middle_grad, ups), ups, scales, weights, grads, needs_ups, strict=True)
+    for part, part_grad, up, scale, weight, grad, needs_up in rows:
+        if grad is None:
+            part_grad.zero_()
+            up_grads.append(None)
+            continue
+        grad = _rows(grad)
+        torch.addmm(part_grad, turned(up), grad.t(), beta=0, alpha=scale, out=part_grad)
+        up_grads.append(_up_grad(part, grad, scale) if needs_up else None)
+        pairs.append((grad, weight))
+        copied += grad.numel() + weight.numel()
+    x_grad, is_whole = None, False
+    if needs_x and pairs:
+        # One product with all W and A moves fewer bytes than one with each if the copies that it needs are small
+        # beside x. GPUs compute it slowly if the rank is no multiple of 8.
+        is_whole = 2 * copied < len(pairs) * x.numel() and len(middle) % 8 == 0 and not is_on_cpu(x)
+        if is_whole:
+            grads, weights = zip(*pairs, strict=True)
+            pairs = [(torch.cat([*grads, middle_grad.t()], 1), torch.cat([*weights, down]))]
+        x_grad = pairs[0][0].mm(pairs[0][1])
+        for grad, weight in pairs[1:]:
+            x_grad.addmm_(grad, weight)
+        x_grad = x_grad.view(x.shape)
+    return middle_grad, up_grads, ((x, down), x_grad, is_whole)
 
 
 def _up_grad(middle: torch.Tensor, grad: torch.Tensor, scale: float) -> torch.Tensor:

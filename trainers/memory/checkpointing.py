@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..lowrank.products import BlockProducts
+from ..lowrank.deferred import BlockProducts
 from .autograd import OutOfPlace
 
 if TYPE_CHECKING:
