@@ -59,6 +59,15 @@ class _Layout:
         return cls(list(buckets), own, classes, batch_size, seed)
 
     @cached_property
+    def _rng(self) -> np.random.RandomState:
+        return np.random.RandomState()
+
+    def _seeded(self, seed: int) -> np.random.RandomState:
+        # The same one anew: to make one takes longer than to shuffle a small dataset.
+        self._rng.seed(seed % (2**32))
+        return self._rng
+
+    @cached_property
     def places(self) -> dict[Hashable, np.ndarray]:
         """Indices of all examples by bucket."""
         groups: dict = {}
@@ -75,9 +84,9 @@ class _Layout:
     def batches(self, epoch: int, number: int) -> Iterator[np.ndarray]:
         """Return the batches of a round, each an array of example indices."""
         seed = stream_seed("order", self.seed, epoch, number) if number else stream_seed("order", self.seed, epoch)
-        rng = np.random.RandomState(seed % (2**32))
         visits = self.own.of(number)
         classes = self._class_members(epoch, number)
+        rng = self._seeded(seed)
         rows: list[np.ndarray] = []
         starts: list[np.ndarray] = []
         for bucket, places in self.places.items():
@@ -145,7 +154,7 @@ class _Layout:
 
     def _deck(self, deck: int, number: int) -> np.ndarray:
         seed = stream_seed("prior", self.seed, deck, number) if number else stream_seed("prior", self.seed, deck)
-        rng = np.random.RandomState(seed % (2**32))
+        rng = self._seeded(seed)
         places = np.arange(len(self.classes.repeats), dtype=np.int32)
         return rng.permutation(np.repeat(places, self.classes.of(number)))
 
