@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-# Seconds. A turn of shorter steps makes several.
+# Seconds. A turn repeats a shorter step for so long.
 _TURN = 0.1
 
 
@@ -68,7 +68,7 @@ def timed(call: Callable[[], None]) -> tuple[float, float]:
     in the processor's caches, which no step of a training does.
     """
     found = [_timed(call)]
-    if found[0][0] < _TURN:
+    if found[0][1] < _TURN:
         end = time.perf_counter() + _TURN
         found = [_timed(call)]
         while time.perf_counter() < end:

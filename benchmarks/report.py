@@ -71,7 +71,7 @@ def steps(found: dict[Case, dict], threads: int, rounds: int, host: str) -> str:
     lines = [
         "A whole step over the bare model's forward and backward (limit), LoRA of rank 8, fp32 on the CPU. Medians and",
         f"quartiles of {rounds} rounds of processor time, torch on {threads} of two cores that other programs use too.",
-        "A short step counts as the mean of those that follow a first one.",
+        "A step below 0.1 s counts as the mean of several, without the first.",
         "core's node trains every layer, as *linear + conv* does, diffusers attention, held against its own network's",
         "limit. Bars, from a limit of 250 ms on: attention 1.10, linear + conv 1.20, core's node twice as long in",
         "either mode, Graft on attention not above diffusers.",

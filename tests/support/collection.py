@@ -63,7 +63,7 @@ class Collection:
 
 
 def is_soak_only(item):
-    """Report whether a test runs in `make soak` alone, or does with its parameters."""
+    """Report whether a test, or a test with these parameters, runs in `make soak` alone."""
     marks = [mark.kwargs for mark in item.iter_markers("soak")]
     params = item.callspec.params if hasattr(item, "callspec") else {}
     return any(

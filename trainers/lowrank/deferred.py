@@ -96,5 +96,5 @@ _running = _Running()
 
 
 def block_in_progress() -> BlockProducts | None:
-    """Return the checkpointed block that this thread computes."""
+    """Return the context of the checkpointed block that this thread computes, if any."""
     return _running.context

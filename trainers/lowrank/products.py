@@ -3,7 +3,7 @@
 In a checkpointed block, each product is two autograd functions. The narrow one computes A x and saves all that the
 backward needs; the wide one adds B (A x) to the frozen layer's output in place. Checkpointing recomputes a block up to
 the last saved tensor. So a block that ends with an adapted layer is recomputed without that layer's frozen product.
-Elsewhere a linear product is one function: the host's part of a step is then shorter.
+Elsewhere a linear product is one function, which takes fewer Python calls.
 """
 
 from __future__ import annotations
@@ -60,16 +60,14 @@ def linear(
         [..., out] for each layer.
     """
     weights = [layer["weight"] for layer in layers]
-    biases = [layer["bias"] for layer in layers]
+    # In a tuple, autograd does not see the frozen weights.
+    frozen = scales, weights, [layer["bias"] for layer in layers]
     if not _is_recorded(x, down, *ups):
-        return _wide(x, _narrow(x, down), ups, scales, weights, biases)
+        return _wide(x, _narrow(x, down), ups, *frozen)
     if block_in_progress() is None:
-        return list(_Product.apply((scales, weights, biases), x, down, *ups))
-    contexts: list = []
-    middle = _Narrow.apply(contexts, x, down, *ups, *weights)
-    # In a tuple, autograd sees neither x nor the frozen weights: their gradients are the narrow function's.
-    outputs = _Wide.apply(contexts.pop(), (x, scales, weights, biases), middle, *ups)
-    return list(outputs)
+        return list(_Product.apply(frozen, x, down, *ups))
+    # Nor does the wide function's see x: its gradient is the narrow function's.
+    return list(_Wide.apply((x, *frozen), _Narrow.apply(x, down, *ups, *weights), *ups))
 
 
 def convolution(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: float, layer: nn.Conv2d) -> torch.Tensor:
@@ -88,9 +86,8 @@ def convolution(x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, scale: fl
     geometry = Geometry(layer.stride, layer.padding, layer.dilation)
     if not _is_recorded(x, down, up):
         return _wide_convolution(x, _convolve(x, down, None, geometry), up, scale, layer, geometry)
-    contexts: list = []
-    middle = _NarrowConvolution.apply(contexts, geometry, x, down, up, layer.weight)
-    return _WideConvolution.apply(contexts.pop(), (x, scale, layer, geometry), middle, up)
+    middle = _NarrowConvolution.apply(geometry, x, down, up, layer.weight)
+    return _WideConvolution.apply((x, scale, layer, geometry), middle, up)
 
 
 def turned(up: torch.Tensor) -> torch.Tensor:
@@ -109,7 +106,7 @@ def is_on_cpu(tensor: torch.Tensor) -> bool:
 def _once(compute: Callable[..., torch.Tensor], x: torch.Tensor, down: torch.Tensor, *args) -> torch.Tensor:
     """Return A x, computed once if the block is checkpointed and A x is small beside x."""
     block = block_in_progress()
-    if block is None or torch.compiler.is_compiling():
+    if block is None:
         return compute(x, down, *args)
     rank, width = down.shape[:2]
     return block.narrow(rank * _LEAST_RATIO <= width, partial(compute, x, down, *args))
@@ -157,40 +154,35 @@ def _wide(x, middle, ups, scales, weights, biases) -> list[torch.Tensor]:
 
 class _Narrow(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, contexts, x, down, *frozen):
+    def forward(ctx, x, down, *frozen):
         middle = _once(_narrow, x, down)
         ctx.save_for_backward(x, down, middle, *frozen)
-        ctx.count = len(frozen)
-        contexts.append(ctx)
         return middle
 
     @staticmethod
     def backward(ctx, middle_grad):
-        grads = _narrow_grads(ctx.left, middle_grad, ctx.needs_input_grad[2])
-        ctx.left = None
-        return None, *grads, *[None] * ctx.count
+        # Those that the wide function has computed.
+        grads, ctx.grads = ctx.grads, None
+        return grads
 
 
 class _Wide(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, narrow, frozen, middle, *ups):
-        ctx.narrow, ctx.scales = narrow, frozen[1]
+    def forward(ctx, frozen, middle, *ups):
+        x, ctx.scales, weights, biases = frozen
+        # The context of the function that made A x.
+        ctx.narrow = middle.grad_fn
         ctx.set_materialize_grads(False)
-        x, scales, weights, biases = frozen
-        compute = partial(_wide, x, middle, ups, scales, weights, biases)
-        block = block_in_progress()
-        if block is None or torch.compiler.is_compiling():
-            return tuple(compute())
-        return tuple(block.wide(x, ups, compute))
+        compute = partial(_wide, x, middle, ups, ctx.scales, weights, biases)
+        return tuple(block_in_progress().wide(x, ups, compute))
 
     @staticmethod
     def backward(ctx, *grads):
-        # Unpack once: under checkpointing, this recomputes the block.
-        saved = ctx.narrow.saved_tensors
-        middle_grad, up_grads, ctx.narrow.left = _wide_grads(
-            saved, ctx.scales, grads, ctx.needs_input_grad[3:], ctx.narrow.needs_input_grad[1]
-        )
-        return None, None, middle_grad, *up_grads
+        narrow = ctx.narrow
+        saved, needs = narrow.saved_tensors, narrow.needs_input_grad
+        middle_grad, x_grad, down_grad, *up_grads = _gradients(saved, ctx.scales, grads, needs)
+        narrow.grads = x_grad, down_grad, *[None] * 2 * len(grads)
+        return None, middle_grad, *up_grads
 
 
 class _Product(torch.autograd.Function):
@@ -204,21 +196,11 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        needs = ctx.needs_input_grad
-        middle_grad, up_grads, left = _wide_grads(ctx.saved_tensors, ctx.scales, grads, needs[3:], needs[1])
-        return None, *_narrow_grads(left, middle_grad, needs[2]), *up_grads
+        return None, *_gradients(ctx.saved_tensors, ctx.scales, grads, ctx.needs_input_grad[1:])[1:]
 
 
-def _narrow_grads(left, middle_grad: torch.Tensor, needs_down: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return the gradients of x and A. `left` is what `_wide_grads` returns last."""
-    (x, down), x_grad, is_whole = left
-    if x_grad is not None and not is_whole:
-        _rows(x_grad).addmm_(middle_grad.t(), down)
-    return x_grad, middle_grad.mm(_rows(x)) if needs_down else None
-
-
-def _wide_grads(saved, scales, grads, needs_ups: tuple[bool, ...], needs_x: bool) -> tuple:
-    """Return the gradients of A x and of each B; and ((x, A), gradient of x, whether it has A's part already)."""
+def _gradients(saved, scales, grads, needs: tuple[bool, ...]) -> list[torch.Tensor | None]:
+    """Return the gradients of A x, x, all A and each B. `needs` says which of x, A and each B have one."""
     _refuse_second_derivative()
     count = len(grads)
     x, down, middle, *frozen = saved
@@ -226,7 +208,8 @@ def _wide_grads(saved, scales, grads, needs_ups: tuple[bool, ...], needs_x: bool
     middle_grad = torch.empty_like(middle)
     up_grads: list[torch.Tensor | None] = []
     pairs, copied = [], 0
-    rows = zip(_by_layer(middle, ups), _by_layer(middle_grad, ups), ups, scales, weights, grads, needs_ups, strict=True)
+    parts = _by_layer(middle, ups), _by_layer(middle_grad, ups)
+    rows = zip(*parts, ups, scales, weights, grads, needs[2 : 2 + count], strict=True)
     for part, part_grad, up, scale, weight, grad, needs_up in rows:
         if grad is None:
             part_grad.zero_()
@@ -237,19 +220,19 @@ def _wide_grads(saved, scales, grads, needs_ups: tuple[bool, ...], needs_x: bool
         up_grads.append(_up_grad(part, grad, scale) if needs_up else None)
         pairs.append((grad, weight))
         copied += grad.numel() + weight.numel()
-    x_grad, is_whole = None, False
-    if needs_x and pairs:
-        # One product with all W and A moves fewer bytes than one with each if the copies that it needs are small
-        # beside x. GPUs compute it slowly if the rank is no multiple of 8.
-        is_whole = 2 * copied < len(pairs) * x.numel() and len(middle) % 8 == 0 and not is_on_cpu(x)
-        if is_whole:
-            grads, weights = zip(*pairs, strict=True)
-            pairs = [(torch.cat([*grads, middle_grad.t()], 1), torch.cat([*weights, down]))]
-        x_grad = pairs[0][0].mm(pairs[0][1])
-        for grad, weight in pairs[1:]:
-            x_grad.addmm_(grad, weight)
-        x_grad = x_grad.view(x.shape)
-    return middle_grad, up_grads, ((x, down), x_grad, is_whole)
+    down_grad = middle_grad.mm(_rows(x)) if needs[1] else None
+    if not (needs[0] and pairs):
+        return [middle_grad, None, down_grad, *up_grads]
+    pairs.append((middle_grad.t(), down))
+    # One product with all W and A moves fewer bytes than one with each if the copies that it needs are small beside x.
+    # GPUs compute it slowly if the rank is no multiple of 8.
+    if 2 * copied < (len(pairs) - 1) * x.numel() and len(middle) % 8 == 0 and not is_on_cpu(x):
+        grads, weights = zip(*pairs, strict=True)
+        pairs = [(torch.cat(grads, 1), torch.cat(weights))]
+    x_grad = pairs[0][0].mm(pairs[0][1])
+    for grad, weight in pairs[1:]:
+        x_grad.addmm_(grad, weight)
+    return [middle_grad, x_grad.view(x.shape), down_grad, *up_grads]
 
 
 def _up_grad(middle: torch.Tensor, grad: torch.Tensor, scale: float) -> torch.Tensor:
@@ -274,11 +257,10 @@ def _wide_convolution(x, middle, up, scale, layer, geometry: Geometry) -> torch.
 
 class _NarrowConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, contexts, geometry, x, down, up, weight):
+    def forward(ctx, geometry, x, down, up, weight):
         middle = _once(_convolve, x, down, None, geometry)
         ctx.save_for_backward(x, down, middle, up, weight)
         ctx.geometry = geometry
-        contexts.append(ctx)
         return middle
 
     @staticmethod
@@ -290,16 +272,16 @@ class _NarrowConvolution(torch.autograd.Function):
             over_inputs = down.flatten(1).t().expand(len(x), -1, -1)
             x_grad.flatten(2).baddbmm_(over_inputs, middle_grad.flatten(2))
             is_whole = True
-        needs = (x_grad is not None and not is_whole, ctx.needs_input_grad[3])
+        needs = (x_grad is not None and not is_whole, ctx.needs_input_grad[2])
         added, down_grad = _convolution_backward(middle_grad, x, down, ctx.geometry, needs)
-        return None, None, x_grad if added is None else x_grad.add_(added), down_grad, None, None
+        return None, x_grad if added is None else x_grad.add_(added), down_grad, None, None
 
 
 class _WideConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, narrow, frozen, middle, up):
+    def forward(ctx, frozen, middle, up):
         x, ctx.scale, layer, geometry = frozen
-        ctx.narrow = narrow
+        ctx.narrow = middle.grad_fn
         return _wide_convolution(x, middle, up, ctx.scale, layer, geometry)
 
     @staticmethod
@@ -308,19 +290,19 @@ class _WideConvolution(torch.autograd.Function):
         x, down, middle, up, weight = ctx.narrow.saved_tensors
         flat, narrow = grad.flatten(2), middle.flatten(2)
         up_grad = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[2]:
             products = torch.baddbmm(flat.new_empty(1), flat, narrow.mT, beta=0, alpha=ctx.scale)
             up_grad = (products[0] if len(products) == 1 else products.sum(0)).view(up.shape)
         over_channels = up.flatten(1).t().expand(len(flat), -1, -1)
         middle_grad = torch.baddbmm(narrow.new_empty(1), over_channels, flat, beta=0, alpha=ctx.scale)
         middle_grad = middle_grad.view(middle.shape)
         x_grad, is_whole, geometry = None, False, ctx.narrow.geometry
-        if ctx.narrow.needs_input_grad[2]:
+        if ctx.narrow.needs_input_grad[1]:
             is_whole = not _is_point(down, geometry) and _is_joined(x, grad, weight)
             pair = (torch.cat([grad, middle_grad], 1), torch.cat([weight, down])) if is_whole else (grad, weight)
             x_grad, _ = _convolution_backward(pair[0], x, pair[1], geometry, (True, False))
         ctx.narrow.left = (x, down), x_grad, is_whole
-        return None, None, middle_grad, up_grad
+        return None, middle_grad, up_grad
 
 
 def _is_point(down: torch.Tensor, geometry: Geometry) -> bool:

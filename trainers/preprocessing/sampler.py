@@ -62,9 +62,9 @@ class _Layout:
     def _rng(self) -> np.random.RandomState:
         return np.random.RandomState()
 
-    def _seeded(self, seed: int) -> np.random.RandomState:
+    def _seeded(self, kind: str, epoch: int, number: int) -> np.random.RandomState:
         # The same one anew: to make one takes longer than to shuffle a small dataset.
-        self._rng.seed(seed % (2**32))
+        self._rng.seed(stream_seed(kind, self.seed, epoch, *[number] * bool(number)) % (2**32))
         return self._rng
 
     @cached_property
@@ -83,10 +83,10 @@ class _Layout:
 
     def batches(self, epoch: int, number: int) -> Iterator[np.ndarray]:
         """Return the batches of a round, each an array of example indices."""
-        seed = stream_seed("order", self.seed, epoch, number) if number else stream_seed("order", self.seed, epoch)
         visits = self.own.of(number)
         classes = self._class_members(epoch, number)
-        rng = self._seeded(seed)
+        # After the class images, whose decks seed it too.
+        rng = self._seeded("order", epoch, number)
         rows: list[np.ndarray] = []
         starts: list[np.ndarray] = []
         for bucket, places in self.places.items():
@@ -153,8 +153,7 @@ class _Layout:
         return low
 
     def _deck(self, deck: int, number: int) -> np.ndarray:
-        seed = stream_seed("prior", self.seed, deck, number) if number else stream_seed("prior", self.seed, deck)
-        rng = self._seeded(seed)
+        rng = self._seeded("prior", deck, number)
         places = np.arange(len(self.classes.repeats), dtype=np.int32)
         return rng.permutation(np.repeat(places, self.classes.of(number)))
 

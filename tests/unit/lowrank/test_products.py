@@ -13,6 +13,7 @@ from tests.support import counting
 
 SOURCE = torch.Generator()
 convolve = products._convolve
+CHECKPOINTED = pytest.mark.parametrize("checkpointed", [False, True], ids=["whole", "checkpointed"])
 DEVICES = pytest.mark.parametrize("on_cpu", [True, False], ids=["CPU's way", "GPU's way"])
 
 
@@ -29,10 +30,20 @@ def frozen(kind, *args, **fields):
     return kind(*args, **fields).double().requires_grad_(False)
 
 
+def block_of(call, checkpointed):
+    """Return the forward of a block that calls `call`."""
+    block = nn.Module()
+    block.forward = call
+    if checkpointed:
+        checkpoint_blocks([block])
+    return block.forward
+
+
 @DEVICES
+@CHECKPOINTED
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("needs_x", [True, False])
-def test_gradients_of_linear_layers_are_those_of_finite_differences(count, needs_x, on_cpu, monkeypatch):
+def test_gradients_of_linear_layers_are_those_of_finite_differences(count, needs_x, checkpointed, on_cpu, monkeypatch):
     monkeypatch.setattr(products, "is_on_cpu", lambda tensor: on_cpu)
     layers = [frozen(nn.Linear, 6, 4 + number, bias=number != 1) for number in range(count)]
     x, down = random(2, 3, 6, grad=needs_x), random(2 * count, 6)
@@ -44,11 +55,12 @@ def test_gradients_of_linear_layers_are_those_of_finite_differences(count, needs
 
     for out, layer, a, b, scale in zip(call(x, down, *ups), layers, down.split(2), ups, scales, strict=True):
         assert torch.allclose(out, layer(x) + scale * functional.linear(functional.linear(x, a), b), rtol=1e-12)
-    assert torch.autograd.gradcheck(call, (x, down, *ups))
+    assert torch.autograd.gradcheck(block_of(call, checkpointed), (x, down, *ups))
 
 
+@CHECKPOINTED
 @pytest.mark.parametrize("count", [1, 3])
-def test_gradients_by_one_product_for_all_weights_are_those_of_finite_differences(count, monkeypatch):
+def test_gradients_by_one_product_for_all_weights_are_those_of_finite_differences(count, checkpointed, monkeypatch):
     monkeypatch.setattr(products, "is_on_cpu", lambda tensor: False)
     layers = [frozen(nn.Linear, 24, 2 + number) for number in range(count)]
     x, down, ups = random(12, 24), random(8 * count, 24), [random(2 + number, 8) for number in range(count)]
@@ -59,14 +71,16 @@ def test_gradients_by_one_product_for_all_weights_are_those_of_finite_difference
     shapes = []
     product = torch.Tensor.mm
     monkeypatch.setattr(torch.Tensor, "mm", lambda one, other: shapes.append(other.shape) or product(one, other))
-    assert torch.autograd.gradcheck(call, (x, down, *ups))
+    assert torch.autograd.gradcheck(block_of(call, checkpointed), (x, down, *ups))
     assert (sum(len(up) for up in ups) + len(down), 24) in shapes
 
 
-def test_an_output_that_is_not_used_adds_no_gradient():
+@CHECKPOINTED
+def test_an_output_that_is_not_used_adds_no_gradient(checkpointed):
     layers = [frozen(nn.Linear, 6, 4) for _ in range(2)]
     x, down, ups = random(3, 6), random(4, 6), [random(4, 2), random(4, 2)]
-    first, _ = products.linear(x, down, ups, [1.0, 1.0], [layer._parameters for layer in layers])
+    call = block_of(products.linear, checkpointed)
+    first, _ = call(x, down, ups, [1.0, 1.0], [layer._parameters for layer in layers])
     first.square().sum().backward()
     alone = [one.detach().clone().requires_grad_() for one in (x, down[:2], ups[0])]
     (layers[0](alone[0]) + functional.linear(functional.linear(alone[0], alone[1]), alone[2])).square().sum().backward()
@@ -76,8 +90,9 @@ def test_an_output_that_is_not_used_adds_no_gradient():
     assert ups[1].grad is None
 
 
+@CHECKPOINTED
 @pytest.mark.parametrize("count", [1, 2])
-def test_outputs_may_be_written_into(count):
+def test_outputs_may_be_written_into(count, checkpointed):
     layers = [frozen(nn.Linear, 6, 4) for _ in range(count)]
     x, down, ups = random(2, 3, 6), random(2 * count, 6), [random(4, 2) for _ in layers]
 
@@ -87,7 +102,7 @@ def test_outputs_may_be_written_into(count):
             output[0, :2] = output[0, :2] * 2
         return tuple(outputs)
 
-    assert torch.autograd.gradcheck(call, (x, down, *ups))
+    assert torch.autograd.gradcheck(block_of(call, checkpointed), (x, down, *ups))
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -107,9 +122,11 @@ def test_a_convolutions_output_may_be_written_into(count):
     assert torch.autograd.gradcheck(call, (x, down, up))
 
 
-def test_a_second_derivative_is_refused():
+@CHECKPOINTED
+def test_a_second_derivative_is_refused(checkpointed):
     x, down, up = random(3, 6), random(2, 6), random(4, 2)
-    (out,) = products.linear(x, down, [up], [1.0], [frozen(nn.Linear, 6, 4)._parameters])
+    call = block_of(products.linear, checkpointed)
+    (out,) = call(x, down, [up], [1.0], [frozen(nn.Linear, 6, 4)._parameters])
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(out.square().sum(), x, create_graph=True)
 
@@ -422,3 +439,22 @@ def test_a_checkpointed_convolution_computes_the_narrow_product_once(width, coun
     found = torch.autograd.grad(block(x).square().sum(), (x, down, up))
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     assert len([weight for weight in calls if weight is down]) == count
+
+
+def test_a_recomputed_block_reads_its_own_products_while_others_compile(monkeypatch):
+    """torch's flag for it holds for all threads."""
+    monkeypatch.setattr(products, "_LEAST_RATIO", 2)
+    layers = [frozen(nn.Linear, 6, 6) for _ in range(2)]
+    x, down, ups = random(3, 6), random(2, 1, 6), [random(6, 1), random(6, 1)]
+
+    def call(x):
+        for layer, a, b in zip(layers, down, ups, strict=True):
+            (x,) = products.linear(x, a, [b], [1.0], [layer._parameters])
+        return x
+
+    expected = torch.autograd.grad(call(x).square().sum(), ups)
+    out = block_of(call, True)(x)
+    flags = iter([True])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: next(flags, False))
+    found = torch.autograd.grad(out.square().sum(), ups)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
